@@ -1,0 +1,74 @@
+"Notebooks and modules one to one, the staircase of imports, and every module alone in a fresh process"
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from notebooks import ROOT, library
+
+NOTEBOOKS = library()
+NUMBER = {nb.module: nb.number for nb in NOTEBOOKS}
+
+
+def test_one_notebook_one_module():
+    modules = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in (ROOT / "phoenix").rglob("*.py")
+               if p.name not in ("__init__.py", "_modidx.py")}
+    assert modules == set(NUMBER), f"without a partner: {sorted(modules ^ set(NUMBER))}"
+
+
+def absolute(node, module):
+    "The absolute name of what `node` imports from"
+    if not node.level:
+        return node.module or ""
+    base = module.split(".")[:-node.level]
+    return ".".join(base + ([node.module] if node.module else []))
+
+
+def imported(module):
+    "Modules of phoenix that `module` imports, also inside functions"
+    path = ROOT / (module.replace(".", "/") + ".py")
+    for n in ast.walk(ast.parse(path.read_text())):
+        if isinstance(n, ast.ImportFrom):
+            name = absolute(n, module)
+            if name.startswith("phoenix"):
+                yield from (f"{name}.{a.name}" if f"{name}.{a.name}" in NUMBER else name for a in n.names)
+        elif isinstance(n, ast.Import):
+            yield from (a.name for a in n.names if a.name.startswith("phoenix"))
+
+
+@pytest.mark.parametrize("module", sorted(NUMBER))
+def test_staircase(module):
+    for other in imported(module):
+        if other in NUMBER:
+            assert NUMBER[other] < NUMBER[module], f"{module} ({NUMBER[module]}) imports {other} ({NUMBER[other]})"
+
+
+def python(code, *flags):
+    "Run `code` in a fresh interpreter, outside the checkout"
+    return subprocess.run([sys.executable, *flags, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", sorted(NUMBER))
+def test_fresh_import(module):
+    done = python(f"import {module} as m; assert all(hasattr(m, n) for n in m.__all__)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_phoenix_is_light():
+    code = ("import sys, time; t = time.perf_counter(); import phoenix; s = time.perf_counter() - t; "
+            "heavy = {'torch', 'fastai', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules); "
+            "assert not heavy, heavy; print(s)")
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(m for m, n in NUMBER.items() if n < "17"))
+def test_data_side_needs_no_torch(module):
+    done = python(f"import sys; import {module}; assert 'torch' not in sys.modules and 'fastai' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_cli_help_needs_no_torch():
+    done = python("import sys; import phoenix.cli; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
