@@ -112,12 +112,13 @@ def seeded(
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/01_keys.ipynb #c225b4b1
+# %% ../nbs/01_keys.ipynb #37bf6b40
 def _bytes(x):
     "Bytes of a result: arrays and tensors by content, containers by their parts"
     if isinstance(x, dict): return b"".join(_bytes(k) + _bytes(v) for k, v in x.items())
     if isinstance(x, (list, tuple)): return b"".join(map(_bytes, x))
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x).tobytes() if not isinstance(x, str) else x.encode()
+    if isinstance(x, str): return x.encode()
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x).tobytes()
 
 
 def check_deterministic(
@@ -128,9 +129,9 @@ def check_deterministic(
     before = mark()
     first, second = f(), f()
     if _bytes(first) != _bytes(second):
-        raise KeyUseError("Two calls must give the same bytes, but they differ; draw from `rng(seed, purpose, …)` instead")
+        raise KeyUseError("Two calls must give the same bytes, but they differ; draw from `rng(…)` instead")
     if mark()[:len(before)] != before:
-        raise KeyUseError("A call must leave the global random states unmoved, but one moved; wrap it in `preserve_rng()`")
+        raise KeyUseError("A call must leave global random states unmoved, but one moved; use `preserve_rng()`")
     return first
 
 # %% ../nbs/01_keys.ipynb #3e8300fb

@@ -48,16 +48,17 @@ class _Checked(BaseModel):
         try: super().__init__(**values)
         except ValidationError as e: raise SettingsError(_sentence(e.errors()[0], type(self).model_fields)) from None
 
-# %% ../nbs/00_settings.ipynb #705fedbc
+# %% ../nbs/00_settings.ipynb #f4c425eb
 def _sentence(error, fields):
     "One sentence from the first of pydantic's errors"
     name = ".".join(str(x) for x in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"Settings must be among the {len(fields)} that phoenix knows, got {name!r}{did_you_mean(name, fields)}"
     if not name: return error["msg"].removeprefix("Value error, ")
-    return f"Setting {name!r} must hold: {error['msg'].removeprefix('Input should ')}, got {error['input']!r}; correct it"
+    rule = error["msg"].removeprefix("Input should ")
+    return f"Setting {name!r} must {rule}, got {error['input']!r}; correct it"
 
-# %% ../nbs/00_settings.ipynb #3605c06d
+# %% ../nbs/00_settings.ipynb #5911dfb1
 class Settings(_Checked):
     "Every choice a user may make, validated and frozen"
     seed:int = Field(42, ge=0, lt=2**63) # root of all randomness
@@ -90,7 +91,7 @@ class Settings(_Checked):
     @model_validator(mode="after")
     def _fractions_sum(self):
         if min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"Setting 'fractions' must be three shares that sum to 1, got {self.fractions}; correct it")
+            raise ValueError(f"Setting 'fractions' must be shares that sum to 1, got {self.fractions}; correct it")
         return self
 
 # %% ../nbs/00_settings.ipynb #2aed94cc
@@ -108,7 +109,7 @@ def find_settings(
         if path.is_file() and all(f"[{p}]" in path.read_text(encoding="utf-8") for p in PROFILES): return path
     return None
 
-# %% ../nbs/00_settings.ipynb #2429c679
+# %% ../nbs/00_settings.ipynb #5edae33b
 _FOLDERS = ("runs_dir", "cache_dir", "data_dir")
 
 
@@ -117,24 +118,27 @@ def _from_file(path, profile):
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"))
     try: parser.read_string(path.read_text(encoding="utf-8"))
     except configparser.Error as e:
-        raise SettingsError(f"{path.name} must be an INI file, but {' '.join(str(e).split())}; correct that line") from None
+        fault = " ".join(str(e).split())
+        raise SettingsError(f"{path.name} must be an INI file, but {fault}; correct that line") from None
     if profile is not None and profile not in parser.sections():
-        raise SettingsError(f"Profile must be one of {parser.sections()}, got {profile!r}{did_you_mean(profile, parser)}")
+        near = did_you_mean(profile, parser)
+        raise SettingsError(f"Profile must be one of {parser.sections()}, got {profile!r}{near}")
     values = dict(parser[profile] if profile else parser.defaults())
     folder = os.path.relpath(path.parent.resolve())
     return values | {k: Path(folder)/values[k] for k in _FOLDERS if k in values}
 
-# %% ../nbs/00_settings.ipynb #cd8d2ee4
+# %% ../nbs/00_settings.ipynb #0e884fbe
 def _from_env(env):
     "Values of the PHOENIX_* variables"
     names = [k for k in env if k.startswith("PHOENIX_") and k not in NOT_SETTINGS]
     known = {f"PHOENIX_{k.upper()}": k for k in Settings.model_fields}
     for k in names:
         if k not in known:
-            raise SettingsError(f"Environment variable {k} must name a setting{did_you_mean(k, known)}; unset or correct it")
+            near = did_you_mean(k, known)
+            raise SettingsError(f"Environment variable {k} must name a setting{near}; unset or correct it")
     return {known[k]: env[k] for k in names}
 
-# %% ../nbs/00_settings.ipynb #9839cf6a
+# %% ../nbs/00_settings.ipynb #7f372776
 def load_settings(
     profile:str|None=None, # 'development', 'staging' or 'production'; PHOENIX_PROFILE when None, else [DEFAULT] alone
     path:Path|None=None, # the settings file; searched upwards from the working directory when None
@@ -148,6 +152,7 @@ def load_settings(
         raise SettingsError(f"The settings file must exist, but {Path(path).name} was not found; correct the path")
     path = Path(path) if path is not None else find_settings()
     if path is None and profile is not None and profile not in PROFILES:
-        raise SettingsError(f"Profile must be one of {list(PROFILES)}, got {profile!r}{did_you_mean(profile, PROFILES)}")
+        near = did_you_mean(profile, PROFILES)
+        raise SettingsError(f"Profile must be one of {list(PROFILES)}, got {profile!r}{near}")
     values = _from_file(path, profile) if path else {}
     return Settings(**values | _from_env(env) | overrides)
