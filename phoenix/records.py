@@ -270,7 +270,7 @@ def cell(self:Run,
     if not 1 <= k <= n: raise RecordError(f"A cell must be one of 1…{n}, got {k}; count from 1")
     self._write(state="cell", cell=k, cells=n)
 
-# %% ../nbs/02_records.ipynb #9f07b746
+# %% ../nbs/02_records.ipynb #480fea26
 @patch
 def record(self:Run,
     **metrics:Any, # results by name: numbers, lists, dicts
@@ -286,12 +286,28 @@ def record(self:Run,
 @patch
 def note_synthetic(self:Run)->None:
     "Stamp the run: its data are made, so it can't be evidence"
+    self._open_state()
     write_json(self.path/"stamps.json", read_json(self.path/"stamps.json") | {"synthetic": True})
 
-# %% ../nbs/02_records.ipynb #1cda8ddc
+# %% ../nbs/02_records.ipynb #3898e8b0
+@patch
+def note_inputs(self:Run,
+    **hashes:Any, # sha256 or a dict of them, by what was read: manifest, certificate, notebook
+)->dict: # all inputs so far
+    "Note what the run read; the same input can't change during a run"
+    self._open_state()
+    path = self.path/"inputs.json"
+    old = read_json(path) if path.exists() else {}
+    for k, v in hashes.items():
+        if old.get(k, v) != v: raise RecordError(f"An input must not change in a run, but {k!r} did; start a new run")
+    write_json(path, old | _plain(hashes))
+    return old | _plain(hashes)
+
+# %% ../nbs/02_records.ipynb #3a791d40
 @patch
 def note_published_split(self:Run)->None:
     "Stamp the run: it used a published split without a certificate, so it can't be evidence"
+    self._open_state()
     write_json(self.path/"stamps.json", read_json(self.path/"stamps.json") | {"published_split": True})
 
 

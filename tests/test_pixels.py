@@ -81,6 +81,23 @@ def test_every_prefix_is_refused(name):
     assert kinds <= {"truncated", "corrupt", "unsupported"} and "truncated" in kinds | {refusal(data[:-8])}
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate", "packbits"])
+def test_a_tiff_cut_in_its_pixels_is_truncated(compression):
+    data = encoded(NOISE, "TIFF", **({"compression": compression} if compression else {}))
+    directory = struct.unpack("<I", data[4:8])[0]
+    entries = struct.unpack_from("<H", data, directory)[0]
+    moved = data[:4] + struct.pack("<I", 8) + data[directory:directory + 2 + 12 * entries + 4]
+    shift = len(moved) - 8
+    out = bytearray(moved + data[8:])
+    for k in range(entries):
+        at = 10 + 12 * k
+        tag, kind, n, value = struct.unpack_from("<HHII", out, at)
+        if tag == 273 or n * {1: 1, 2: 1, 3: 2, 4: 4, 5: 8}[kind] > 4: struct.pack_into("<HHII", out, at, tag, 4 if tag == 273 else kind, n, value + shift)
+    np.testing.assert_array_equal(read_pixels(bytes(out)).grey, NOISE)
+    pixels_end = max(v for v in range(len(out), 0, -1) if refusal(bytes(out[:v])) is not None)
+    assert refusal(bytes(out[:pixels_end])) == "truncated" and refusal(bytes(out[:len(moved) + 40])) == "truncated"
+
+
 @pytest.mark.parametrize("name", [("PNG", "noise"), ("PNG", "square"), ("PNG", "16")], ids="-".join)
 def test_every_flipped_bit_of_a_png_is_refused(name):
     data = WHOLE[name]
