@@ -41,7 +41,7 @@ KINDS = {
     "too_large": "more pixels or bytes than the cap",
     "multi_frame": "more than one picture in the file"}
 
-# %% ../../nbs/10_data.pixels.ipynb #1e50ba9f
+# %% ../../nbs/10_data.pixels.ipynb #09f1d334
 EXTENSIONS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".tif": "TIFF",
               ".tiff": "TIFF", ".bmp": "BMP"}
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
@@ -49,7 +49,8 @@ _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
     (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (0, b"BM", "BMP"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
     (128, b"DICM", "DICOM"), (344, b"n+1\0", "NIfTI"), (344, b"ni1\0", "NIfTI"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"), (0, b"%PDF", "PDF"), (0, b"\x1f\x8b", "gzip"), (0, b"PK\x03\x04", "zip"))
+    (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"),
+    (0, b"%PDF", "PDF"), (0, b"\x1f\x8b", "gzip"), (0, b"PK\x03\x04", "zip"))
 
 # %% ../../nbs/10_data.pixels.ipynb #faa5f420
 def sniff(
@@ -63,7 +64,7 @@ def sniff(
             return name
     return ""
 
-# %% ../../nbs/10_data.pixels.ipynb #6fc50e79
+# %% ../../nbs/10_data.pixels.ipynb #fdd0c1bd
 def _check_png(
     data:bytes, # a file that begins with the PNG signature
 )->None: # raises PixelError
@@ -71,7 +72,7 @@ def _check_png(
     at = 8
     while True:
         if at + 12 > len(data):
-            raise PixelError("a PNG must end with an IEND chunk, this one stops before it: copy the file again", "truncated")
+            raise PixelError("a PNG must end with an IEND chunk, this one stops before it: copy it again", "truncated")
         n = struct.unpack(">I", data[at:at + 4])[0]
         if at + 12 + n > len(data):
             raise PixelError(f"a PNG chunk announces {n} bytes and the file ends before: copy it again", "truncated")
@@ -80,7 +81,7 @@ def _check_png(
         if data[at + 4:at + 8] == b"IEND": return
         at += 12 + n
 
-# %% ../../nbs/10_data.pixels.ipynb #cfcddb89
+# %% ../../nbs/10_data.pixels.ipynb #41757594
 def _check_tiff(
     data:bytes, # a file that begins with a TIFF signature
 )->None: # raises PixelError
@@ -93,7 +94,7 @@ def _check_tiff(
     inside = inside and len(data) >= where + counter.size
     inside = inside and len(data) >= where + counter.size + entry * counter.unpack_from(data, where)[0]
     if not inside:
-        raise PixelError("a TIFF must hold the directory it points to, this one ends before: copy it again", "truncated")
+        raise PixelError("a TIFF must hold the directory it points to, it ends before: copy it again", "truncated")
 
 def _check_strips(im, data):
     "Every strip or tile that the directory announces lies inside the file"
@@ -136,8 +137,9 @@ def _luma(
     if m in ("RGB", "RGBX"): return np.array(im.convert("L")), "luma"
     return np.array(im.convert("RGB").convert("L")), f"{m} to RGB, luma"
 
-# %% ../../nbs/10_data.pixels.ipynb #6bfe10e0
-_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+# %% ../../nbs/10_data.pixels.ipynb #ed636c92
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+          "I;16", "I;16B", "I;16L", "I;16N"}
 
 def _bits(im, data):
     "Bits per sample as stored: Pillow's mode hides them"
@@ -159,7 +161,7 @@ def _refuse(im, bits, max_megapixels):
         raise PixelError(f"{bits}-bit {im.format} of mode {im.mode} has no conversion rule: "
                          "save it as 8-bit, or as 16-bit unsigned grey", "unsupported")
 
-# %% ../../nbs/10_data.pixels.ipynb #1413c63b
+# %% ../../nbs/10_data.pixels.ipynb #4a820318
 def _bytes(source, max_megapixels):
     "The bytes of `source`, if it is a regular file of sensible length"
     if not isinstance(source, (bytes, bytearray)):
@@ -180,8 +182,8 @@ def _format(data):
     name = sniff(data)
     if name in FORMATS: return name
     if name: raise PixelError(f"a picture must be {', '.join(FORMATS)}, this is {name}: convert it", "unsupported")
-    raise PixelError(f"a picture must be {', '.join(FORMATS)}, these bytes are none of them: remove the file or fetch it "
-                     "again", "not_an_image")
+    raise PixelError(f"a picture must be {', '.join(FORMATS)}, these bytes are none of them: remove the file or fetch "
+                     "it again", "not_an_image")
 
 # %% ../../nbs/10_data.pixels.ipynb #c005af2f
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
@@ -229,15 +231,16 @@ def read_pixels(
     except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise _unreadable(e, data, format, max_megapixels) from e
 
-# %% ../../nbs/10_data.pixels.ipynb #361a343a
+# %% ../../nbs/10_data.pixels.ipynb #81927e28
 def pixels_sha256(
     grey:np.ndarray, # `(H,W)` uint8 or uint16
 )->str: # 64 hexadecimal digits
     "SHA-256 of height, width, type and grey values: equal exactly when the pictures are equal"
     if grey.ndim != 2 or grey.dtype not in (np.uint8, np.uint16):
         raise PhoenixError(f"a grey picture is (H,W) uint8 or uint16, got {grey.shape} {grey.dtype}: use read_pixels")
-    head = f"{grey.shape[0]},{grey.shape[1]},{grey.dtype.name}\n".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(grey).astype(grey.dtype.newbyteorder("<")).tobytes()).hexdigest()
+    h = hashlib.sha256(f"{grey.shape[0]},{grey.shape[1]},{grey.dtype.name}\n".encode())
+    h.update(np.ascontiguousarray(grey, dtype=grey.dtype.newbyteorder("<")))
+    return h.hexdigest()
 
 # %% ../../nbs/10_data.pixels.ipynb #2eba35ca
 def to_uint8(

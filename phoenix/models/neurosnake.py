@@ -6,9 +6,9 @@ Docs: https://phoenix-mri.github.io/phoenix/models.neurosnake.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'SIZES', 'FAMILIES', 'Normalise', 'ConvNorm', 'StraightConv', 'Block', 'Plan', 'NeuroSnake', 'family_names',
-           'create_neurosnake']
+           'create_neurosnake', 'count_cost', 'prepare_export']
 
-# %% ../../nbs/22_models.neurosnake.ipynb #dbd68ecc
+# %% ../../nbs/22_models.neurosnake.ipynb #dec7fba0
 import copy
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .attention import ATTENTION, make_attention
-from .snake import DynamicSnakeConv
+from .attention import ATTENTION, CoordinateAttention, make_attention
+from .snake import DynamicSnakeConv, export_snake
 from ..settings import PhoenixError, did_you_mean
 
 # %% ../../nbs/22_models.neurosnake.ipynb #c9a690c1
@@ -181,3 +181,57 @@ def create_neurosnake(
         raise PhoenixError(f"model options must be fields of Plan, got {k!r}{did_you_mean(k, Plan.__dataclass_fields__)}: correct it.")
     plan = replace(SIZES[size], **{'kind':FAMILIES[family], 'attention':attention, **changes})
     return NeuroSnake(plan, n_classes, c_in)
+
+# %% ../../nbs/22_models.neurosnake.ipynb #177e37be
+def _macs(m:nn.Module, out:Tensor)->int:
+    "Multiply-adds of one layer for one image"
+    if isinstance(m, nn.Conv2d): return out[0].numel()*m.weight[0].numel()
+    if isinstance(m, nn.Linear): return m.weight.numel()*(out[0].numel()//m.out_features)
+    if isinstance(m, DynamicSnakeConv): # two rows for each tap of each snake, and the sums outwards
+        return out[0,0].numel()*(2*2*m.kernel_size*m.width + m.outward.numel())
+    return 0
+
+def count_cost(
+    model:nn.Module, # any network that takes `(1,c_in,size,size)`
+    size:int=224, # side of the image, pixels
+    c_in:int=1, # input channels
+)->tuple[int,int]: # parameters; multiply-adds for one image
+    "Parameters and multiply-adds of a network"
+    total, was, dev = [], model.training, next(model.parameters()).device
+    hooks = [m.register_forward_hook(lambda m,i,o: total.append(_macs(m, o))) for m in model.modules()]
+    try:
+        with torch.no_grad(): model.eval()(torch.zeros(1, c_in, size, size, device=dev))
+    finally:
+        model.train(was)
+        for h in hooks: h.remove()
+    return sum(p.numel() for p in model.parameters()), sum(total)
+
+# %% ../../nbs/22_models.neurosnake.ipynb #ff0bf790
+def _fold_straight(m:StraightConv)->None:
+    "Put the norm of the concatenated branches into each branch"
+    ns = [nn.BatchNorm2d(m.branches[0].out_channels).to(m.norm.weight.device).eval() for _ in m.branches]
+    for i,n in enumerate(ns):
+        for k in ('weight', 'bias', 'running_mean', 'running_var'):
+            getattr(n, k).data = getattr(m.norm, k).detach().chunk(len(ns))[i].clone()
+        n.eps = m.norm.eps
+    m.branches = nn.ModuleList([fuse_conv_bn_eval(b, n) for b,n in zip(m.branches, ns)])
+    m.norm = nn.Identity()
+
+def _fold(m:nn.Module)->None:
+    "Fold the norm of one module of the family into its convolution"
+    if isinstance(m, ConvNorm): m[0], m[1] = fuse_conv_bn_eval(m[0], m[1]), nn.Identity()
+    if isinstance(m, StraightConv): _fold_straight(m)
+    if isinstance(m, CoordinateAttention): m.squeeze, m.norm = fuse_conv_bn_eval(m.squeeze, m.norm), nn.Identity()
+    if isinstance(m, Block): m.body.fuse, m.norm = fuse_conv_bn_eval(m.body.fuse, m.norm), nn.Identity()
+
+# %% ../../nbs/22_models.neurosnake.ipynb #68077b31
+def prepare_export(
+    model:nn.Module, # any network; left untouched
+)->nn.Module: # a copy in evaluation mode that computes the same
+    "A copy of a network in the form that exports well"
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for m in list(model.modules()):
+        for name,child in list(m.named_children()):
+            if isinstance(child, DynamicSnakeConv): setattr(m, name, export_snake(child))
+    for m in list(model.modules()): _fold(m)
+    return model

@@ -1,0 +1,316 @@
+"Loaders: the same batches in any process with any number of workers, and only under a certificate that holds."
+import copy
+import os
+import random
+import subprocess
+import sys
+import textwrap
+
+import fastai.callback.progress  # noqa: F401 (Learner.no_bar)
+import fastai.callback.schedule  # noqa: F401 (Learner.lr_find)
+import fastai.vision.learner  # noqa: F401 (plot_top_losses)
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from PIL import Image
+
+from phoenix.data.acquire import build_manifest
+from phoenix.data.augment import Augment
+from phoenix.data.duplicates import find_pairs
+from phoenix.data.loaders import EpochKeys, KeyedDL, LoaderError, TensorSlice, balanced_order, dl_rows, make_loaders
+from phoenix.data.preprocess import Preprocess
+from phoenix.data.splits import certify, group_rows, split_grouped, split_published
+from phoenix.keys import seeded
+
+PREPROCESS = Preprocess(size=(24, 32))
+CLASSES = ('glioma', 'no_tumor', 'pituitary')
+
+
+def noise_pictures(root, seed=0):
+    "13 + 11 + 10 unlike pictures in Training, 5 a class in Testing, patients only by being unlike"
+    rng = np.random.default_rng(seed)
+    for name, n in zip(CLASSES, (13, 11, 10)):
+        for split, count in (('Training', n), ('Testing', 5)):
+            folder = root/split/name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                small = rng.integers(0, 255, (6, 6), dtype=np.uint8)
+                Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(folder/f'{split[:2]}{name[:2]}{i:02d}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('loaders')
+    noise_pictures(folder/'raw')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def made(base):
+    "Manifest, pairs, certificate"
+    manifest = build_manifest(base/'raw', progress=False)
+    pairs = find_pairs(manifest, progress=False)
+    sides = split_grouped(manifest, group_rows(manifest, pairs), fractions=(.6, .2, .2), seed=3)
+    return manifest, pairs, certify(manifest, pairs, sides, 'grouped', {'seed': 3})
+
+
+@pytest.fixture
+def load(made, base):
+    def inner(**options):
+        manifest, _, certificate = made
+        options = dict(batch_size=5, cache_dir=base/'cache', augment=Augment.default(32), progress=False) | options
+        return make_loaders(manifest, options.pop('certificate', certificate), PREPROCESS, **options)
+    return inner
+
+
+def epoch(dl, e):
+    return [(x.clone(), y.clone()) for x, y in dl.set_epoch(e)]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b))
+
+
+def states():
+    return repr((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+
+
+@pytest.mark.parametrize('balanced', [False, True])
+def test_any_number_of_workers_gives_the_same_epochs(balanced, load):
+    reference = load(balanced=balanced)
+    for workers in (1, 2, 3):
+        other = load(balanced=balanced, workers=workers)
+        for e in (0, 5): assert equal(epoch(reference.train, e), epoch(other.train, e))
+        for a, b in zip(list(reference)[1:], list(other)[1:]): assert equal(list(a), list(b))
+
+
+def test_epochs_come_back_and_differ(load):
+    dls = load()
+    first, second, again = epoch(dls.train, 0), epoch(dls.train, 1), epoch(dls.train, 0)
+    assert equal(first, again) and not equal(first, second)
+    assert not equal(first, epoch(load(seed=43).train, 0))
+
+
+def test_abandoned_epochs_leave_no_trace(load):
+    dls = load(workers=2)
+    expected = epoch(load().train, 2)
+    for _ in zip(range(1), dls.train.set_epoch(2)): pass
+    dls.train.one_batch()
+    assert equal(epoch(dls.train, 2), expected)
+
+
+def test_a_sample_is_augmented_alike_in_any_batch_size(load):
+    def by_row(dls):
+        order = [int(i) for i in dls.train.set_epoch(4).get_idxs()]
+        return dict(zip(order, torch.cat([x for x, _ in dls.train])))
+    small, large = by_row(load(batch_size=2)), by_row(load(batch_size=7))
+    shared = small.keys() & large.keys()
+    assert len(shared) > 10 and all(torch.equal(small[i], large[i]) for i in shared)
+
+
+def test_only_training_batches_are_augmented(load, made):
+    plain, dls = load(augment=None), load()
+    for a, b in zip(list(plain)[1:], list(dls)[1:]): assert equal(list(a), list(b))
+    assert not equal(epoch(plain.train, 0), epoch(dls.train, 0))
+    inside = list(dls.train.new(shuffle=False, drop_last=False))
+    rows = dls.train.dataset.items
+    assert sum(len(x) for x, _ in inside) == len(rows)
+    assert torch.equal((torch.cat([x for x, _ in inside])*255).round().byte()[:, 0],
+                       torch.from_numpy(dls.train.dataset.cache.images(rows.path)))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_global_random_state_stays(workers, load):
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    before = states()
+    dls = load(workers=workers)
+    for dl in dls: list(dl)
+    dls.one_batch()
+    dls.show_batch(max_n=4)
+    dls.train.show_batch(unique=True, max_n=4)
+    dls.valid.new(shuffle=True).one_batch()
+    plt.close('all')
+    assert states() == before
+
+
+FRESH = """
+    import hashlib, sys
+    from pathlib import Path
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.augment import Augment
+    from phoenix.data.loaders import make_loaders
+    from phoenix.data.preprocess import Preprocess
+    from phoenix.data.splits import Certificate
+    import torch
+    torch.set_num_threads(1)
+    base, workers = Path(sys.argv[1]), int(sys.argv[2])
+    dls = make_loaders(build_manifest(base/'raw', progress=False), Certificate.load(base/'certificate.json'),
+                       Preprocess(size=(24, 32)), batch_size=5, cache_dir=base/sys.argv[3], augment=Augment.default(32),
+                       workers=workers, progress=False)
+    digest = hashlib.sha256()
+    for x, y in [*dls.train.set_epoch(1), *dls.test]: digest.update(x.numpy().tobytes() + y.numpy().tobytes())
+    print(digest.hexdigest())
+"""
+
+
+def test_fresh_processes_agree(made, base):
+    made[2].save(base/'certificate.json')
+    answers = set()
+    for workers, folder, hash_seed in ((0, 'cache a', '1'), (2, 'cache b', '2')):
+        done = subprocess.run([sys.executable, '-c', textwrap.dedent(FRESH), str(base), str(workers), folder], text=True,
+                              capture_output=True, timeout=240, env=dict(os.environ, PYTHONHASHSEED=hash_seed))
+        assert done.returncode == 0, done.stderr
+        answers.add(done.stdout.strip())
+    assert len(answers) == 1 and len(answers.pop()) == 64
+
+
+def test_rows_are_those_of_the_batches(load, made):
+    manifest, _, certificate = made
+    dls = load()
+    for dl, side in ((dls.valid, 'valid'), (dls.test, 'test')):
+        rows = dl_rows(dl)
+        assert list(rows.path) == [p for p in manifest.table.path if certificate.assignment[p] == side]
+        assert [manifest.classes[t] for t in rows.target] == list(rows.label)
+        assert torch.cat([y for _, y in dl]).tolist() == list(rows.target)
+    with pytest.raises(LoaderError, match='shuffle'): dl_rows(dls.train)
+
+
+def test_an_epoch_drops_only_its_incomplete_batch(load):
+    n = len(load().train.dataset)
+    size = next(b for b in (5, 6, 7) if n % b)
+    train, whole = load(batch_size=size).train, n//size*size
+    assert sorted(train.set_epoch(0).get_idxs()) == list(range(n))
+    assert sum(len(y) for _, y in train) == whole and len(train) == n//size
+    assert len({i for e in range(12) for i in train.set_epoch(e).get_idxs()[whole:]}) > n - whole
+    with pytest.raises(LoaderError, match='fill a batch of 999'): load(batch_size=999)
+
+
+def test_balance_counts_and_distinct_augmentations(load):
+    dls = load(balanced=True, batch_size=1)
+    targets = dls.train.dataset.targets
+    n = len(targets)
+    order = np.array(dls.train.set_epoch(2).get_idxs())
+    counts = np.bincount(targets[order % n])
+    assert len(order) == n and counts.max() - counts.min() <= 1 and len(set(order.tolist())) == n
+    twice = [i for i in order if i >= n]
+    assert twice
+    images = dict(zip(order.tolist(), torch.cat([x for x, _ in dls.train])))
+    assert all(not torch.equal(images[int(i)], images[int(i) % n]) for i in twice if int(i) % n in images)
+    assert sorted(np.bincount(balanced_order(np.array([0, 0, 0, 0, 0, 0, 0, 1]), 0, 0)).tolist())[-1] == 1
+
+
+def test_shuffled_labels_are_a_control(load):
+    true, control = load(), load(shuffle_labels=True)
+    for a, b in zip(true, control):
+        assert np.bincount(a.dataset.targets).tolist() == np.bincount(b.dataset.targets).tolist()
+        assert list(a.dataset.items.path) == list(b.dataset.items.path)
+    changed = [float((a.dataset.targets != b.dataset.targets).mean()) for a, b in zip(true, control)]
+    assert changed[0] > .4 and changed[1] > 0 and changed[2] == 0
+    assert control.shuffled_labels and 'labels shuffled' in repr(control) and not true.stamps
+    assert (load(shuffle_labels=True).train.dataset.targets == control.train.dataset.targets).all()
+
+
+def test_published_split_needs_its_name(load, made):
+    manifest, pairs, certificate = made
+    leaky = certify(manifest, pairs, split_published(manifest, seed=1), 'published', {})
+    with pytest.raises(LoaderError, match='published_split=False'): load(certificate=leaky)
+    with pytest.raises(LoaderError, match='published_split=True'): load(published_split=True)
+    dls = load(certificate=leaky, published_split=True)
+    assert dls.published and 'published split' in repr(dls)
+    assert set(dl_rows(dls.test).split) == {'Testing'}
+
+
+def changed(certificate, **fields):
+    other = copy.deepcopy(certificate)
+    for name, value in fields.items(): object.__setattr__(other, name, value)
+    return other
+
+
+def test_certificates_that_do_not_hold_are_refused(load, made):
+    manifest, _, good = made
+    train = [p for p, s in good.assignment.items() if s == 'train']
+    test = [p for p, s in good.assignment.items() if s == 'test']
+    groups = dict(good.groups)
+    groups[test[0]] = groups[train[0]]
+    fewer = {p: s for p, s in good.assignment.items() if p != train[0]}
+    folds = dict.fromkeys(good.assignment, 3)
+    only = dict.fromkeys(good.assignment, 'train')
+    for fields, message in ((dict(manifest_sha256='0'*64), 'of this manifest'), (dict(groups=groups), '1 cross'),
+                            (dict(assignment=fewer), '1 differ'), (dict(assignment=folds), 'got 3'),
+                            (dict(assignment=only), 'test, valid has none')):
+        with pytest.raises(LoaderError, match=message): load(certificate=changed(good, **fields))
+    with pytest.raises(LoaderError, match='got dict'): load(certificate={})
+
+
+def test_a_class_without_training_pictures_is_refused(load, made):
+    manifest, pairs, good = made
+    label = dict(zip(manifest.table.path, manifest.table.label))
+    sides = {p: 'test' if label[p] == 'glioma' else s for p, s in good.assignment.items()}
+    with pytest.raises(LoaderError, match='glioma is not'): load(certificate=changed(good, assignment=sides))
+
+
+@pytest.fixture
+def learner(load, tmp_path):
+    with seeded(0): model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24*32, 3))
+    learn = Learner(load(), model, loss_func=CrossEntropyLossFlat(), cbs=EpochKeys(), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): yield learn
+    plt.close('all')
+
+
+def test_learner_fits_and_finds_a_rate(learner):
+    learner.fit(2, 1e-3)
+    assert learner.dls.train.epoch == 1 and np.isfinite(learner.recorder.losses).all()
+    assert learner.lr_find(num_it=12, show_plot=False).valley > 0
+
+
+def test_learner_predictions_keep_the_order(learner, made, base):
+    dls = learner.dls
+    for args, dl in (({}, dls.valid), ({'dl': dls.test}, dls.test), ({'ds_idx': 0}, dls.train.new(shuffle=False, drop_last=False))):
+        preds, targets = learner.get_preds(**args)
+        assert targets.tolist() == list(dl_rows(dl).target) and len(preds) == len(dl.dataset)
+    row = dl_rows(dls.test).iloc[0]
+    name, number, probs = learner.predict(base/'raw'/row.path)
+    one = learner.get_preds(dl=dls.test)[0][0]
+    assert torch.allclose(probs, one) and name == made[0].classes[int(one.argmax())] == dls.vocab[int(number)]
+
+
+def test_pictures_by_file_or_bytes(learner, base):
+    paths = [base/'raw'/p for p in dl_rows(learner.dls.test).path[:3]]
+    for items in (paths, [p.read_bytes() for p in paths]):
+        preds = learner.get_preds(dl=learner.dls.test_dl(items))[0]
+        assert torch.allclose(preds, learner.get_preds(dl=learner.dls.test)[0][:3])
+
+
+def test_fastai_shows_slices_on_black(learner):
+    learner.dls.show_batch(max_n=4)
+    shown = plt.gcf().axes[0]
+    assert shown.images[0].get_cmap().name == 'gray' and shown.get_title() in CLASSES
+    learner.show_results(max_n=3)
+    assert plt.gcf().axes[0].images[0].get_clim() == (0, 1)
+    x, y = learner.dls.valid.dataset[0]
+    assert isinstance(x, TensorSlice) and x.dtype == torch.uint8
+    assert TensorSlice(torch.zeros(1, 4, 4, dtype=torch.uint8)).show().images[0].get_clim() == (0, 255)
+
+
+def test_interpretation(learner):
+    shown = ClassificationInterpretation.from_learner(learner)
+    assert shown.confusion_matrix().sum() == len(learner.dls.valid.dataset)
+    assert shown.vocab == list(CLASSES)
+    shown.plot_top_losses(2)
+    assert plt.gcf().axes[0].images[0].get_cmap().name == 'gray'
+
+
+def test_further_transforms_and_devices(load):
+    dls = load()
+    more = dls.valid.new(after_batch=[lambda b: b])
+    assert torch.equal(more.one_batch()[0], dls.valid.one_batch()[0])
+    assert sum(type(t).__name__ == 'KeyedBatch' for t in more.after_batch.fs) == 1
+    assert dls.device == dls.train.device and dls.one_batch()[0].device == dls.device
+    assert isinstance(dls.train, KeyedDL) and dls.test is dls[2]
