@@ -252,7 +252,7 @@ class RunEngine(NBClientEngine):
 
 papermill_engines.register("phoenix", RunEngine)
 
-# %% ../nbs/90_experiments.ipynb #b074e840
+# %% ../nbs/90_experiments.ipynb #b8db7483
 def find_notebook(
     name:str|Path, # a path, or a name such as 01_quickstart or quickstart
 )->Path: # an .ipynb file
@@ -263,7 +263,8 @@ def find_notebook(
     found = [p for p in known if str(name) in (p.stem, p.stem.partition("_")[2], p.stem.partition("_")[0])]
     if len(found) == 1: return Path(os.path.relpath(found[0]))
     stems = [p.stem for p in known]
-    raise ExperimentError(f"An experiment must be a path or one of {stems}, got {str(name)!r}{did_you_mean(name, stems)}")
+    near = did_you_mean(name, stems)
+    raise ExperimentError(f"An experiment must be a path or one of {stems}, got {str(name)!r}{near}")
 
 # %% ../nbs/90_experiments.ipynb #3a064cd0
 def _prepare(nb, index, parameters, declared):

@@ -173,7 +173,7 @@ def provenance()->dict: # git, packages, python, system, cpu, gpu, threads, time
         "threads": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "torch": torch and torch.get_num_threads()},
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
-# %% ../nbs/02_records.ipynb #90a23c81
+# %% ../nbs/02_records.ipynb #ef527e41
 def _machine(): return sha256_bytes(platform.node().encode())[:12]
 
 
@@ -186,9 +186,10 @@ def _process():
 def _alive(state):
     "Whether the owner of a run still lives; None when that machine is not this one"
     if state["machine"] != _machine(): return None
-    try: me = psutil.Process(state["pid"])
+    try:
+        owner = psutil.Process(state["pid"])
+        return abs(owner.create_time() - state["pid_started"]) < 30 and owner.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
-    return abs(me.create_time() - state["pid_started"]) < 2 and me.status() != psutil.STATUS_ZOMBIE
 
 # %% ../nbs/02_records.ipynb #529304a7
 def _usage():

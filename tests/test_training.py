@@ -91,24 +91,24 @@ def test_early_stop_restores_the_best_weights(tmp_path):
 
 
 def test_the_budget_holds_over_a_resume(tmp_path):
-    "Two seconds for both parts together; each stops at a batch boundary and validates completely"
+    "1.2 seconds for both parts together, where one epoch takes 0.8; the second stops at a batch boundary and validates all"
     from fastai.callback.core import Callback
     from phoenix.train.learner import fit
 
     class Stop(Callback):
         order = 100
         def before_epoch(self):
-            if self.epoch == 2: raise KeyboardInterrupt
+            if self.epoch == 1: raise KeyboardInterrupt
 
-    first, took = toy(tmp_path, slow=.03), -time.perf_counter()
+    first, took = toy(tmp_path, slow=.1), -time.perf_counter()
     first.add_cb(Stop())
-    with pytest.raises(KeyboardInterrupt): fit(first, 100, seconds=2., progress=False)
+    with pytest.raises(KeyboardInterrupt): fit(first, 100, seconds=1.2, progress=False)
     took += time.perf_counter()
-    second, again = toy(tmp_path, slow=.03), -time.perf_counter()
-    history = fit(second, 100, seconds=2., resume=True, progress=False)
+    second, again = toy(tmp_path, slow=.1), -time.perf_counter()
+    history = fit(second, 100, seconds=1.2, resume=True, progress=False)
     again += time.perf_counter()
-    assert history.stopped == "seconds" and len(history) >= 3
-    assert took + again < 2.5, (took, again)
+    assert history.stopped == "seconds" and len(history) == 2
+    assert took + again < 1.6, (took, again)
     assert all(0 < r["valid_loss"] < 10 and abs(r["accuracy"] * 80 - round(r["accuracy"] * 80)) < 1e-6 for r in history.rows)
 
 

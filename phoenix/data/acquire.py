@@ -348,7 +348,7 @@ class _Counted:
         start = at - (self.n - len(self.tail))
         return start >= 0 and self.tail[start:start + 512] == bytes(512)
 
-# %% ../../nbs/12_data.acquire.ipynb #2ee80a50
+# %% ../../nbs/12_data.acquire.ipynb #15a4e8dd
 def _tar_members(path, limits, opener):
     "Name, size and a reader (None for a folder) of each member of a tar, each checked"
     with opener(path, "rb") as f:
@@ -363,6 +363,7 @@ def _tar_members(path, limits, opener):
                 yield name, i.size, None if i.isdir() else lambda i=i: tar.extractfile(i)
         if not counted.ends_at(end):
             raise AcquireError("a tar must end with an empty block, this one is damaged or cut short: fetch it again")
+        while counted.read(2 ** 16): pass # to the end, where gzip and xz keep their checksum
 
 # %% ../../nbs/12_data.acquire.ipynb #165529c6
 _OPENERS = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\0", lzma.open))

@@ -9,10 +9,11 @@ __all__ = ['VIEWS', 'COLUMNS', 'DuplicateError', 'turn', 'inverse_view', 'thumbn
            'correlation', 'Signatures', 'signatures', 'find_pairs', 'cluster', 'leak_counts', 'label_conflicts',
            'byte_copies', 'plot_twins', 'plot_leak']
 
-# %% ../../nbs/14_data.duplicates.ipynb #1e63da3b
+# %% ../../nbs/14_data.duplicates.ipynb #08778772
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -149,7 +150,7 @@ def _thumbnails(file, max_megapixels):
     grey = read_pixels(file, max_megapixels=max_megapixels).grey
     return thumbnail(grey, 32), thumbnail(grey, 64, Image.Resampling.BILINEAR)
 
-# %% ../../nbs/14_data.duplicates.ipynb #756ef0c6
+# %% ../../nbs/14_data.duplicates.ipynb #21290913
 def signatures(
     manifest:Manifest, # of the set
     *,
@@ -163,7 +164,8 @@ def signatures(
     small, thumbs = np.zeros((len(paths), 32, 32), np.uint8), np.zeros((len(paths), 64, 64), np.uint8)
     with ThreadPoolExecutor(workers) as pool:
         read = pool.map(lambda p: _thumbnails(manifest.root/p, max_megapixels), paths)
-        for k, pair in enumerate(tqdm(read, total=len(paths), desc="hashing", disable=not progress)): small[k], thumbs[k] = pair
+        bar = tqdm(read, total=len(paths), desc="hashing", unit="image", disable=not progress)
+        for k, pair in enumerate(bar): small[k], thumbs[k] = pair
     hashes = [_view_hashes(small[k:k + 1024]) for k in range(0, len(paths), 1024)]
     return Signatures(paths, np.concatenate([np.zeros((0, 16), np.uint64), *hashes]), thumbs)
 
@@ -190,13 +192,14 @@ def _score(marks, found, chunk=2048):
             score[at] = correlation(turn(a, VIEWS[view]), b)
     return score
 
-# %% ../../nbs/14_data.duplicates.ipynb #3e0d8854
+# %% ../../nbs/14_data.duplicates.ipynb #01d5ce9c
 def _near(marks, hamming, threshold, views):
     "The best view of each candidate pair of different pictures"
     found = _candidates(marks, hamming, views)
     found["score"] = _score(marks, found)
     found["confirmed"] = found.score > threshold
-    best = found.sort_values(["i", "j", "confirmed", "distance", "score", "view"], ascending=[True, True, False, True, False, True])
+    order = dict(i=True, j=True, confirmed=False, distance=True, score=False, view=True)
+    best = found.sort_values(list(order), ascending=list(order.values()))
     best = best.drop_duplicates(["i", "j"]).reset_index(drop=True)
     best["upright"] = np.bitwise_count(marks.hashes[best.i, 0] ^ marks.hashes[best.j, 0]).astype(np.int64)
     return best
@@ -206,7 +209,7 @@ def _files_of(table):
     "Files of each different picture, by the first of them"
     return {g.path.iloc[0]: list(zip(g.path, g.sha256)) for _, g in table.sort_values("path").groupby("pixels_sha256")}
 
-# %% ../../nbs/14_data.duplicates.ipynb #689340ce
+# %% ../../nbs/14_data.duplicates.ipynb #d5e811d8
 COLUMNS = ["a", "b", "kind", "distance", "view", "score", "confirmed", "upright"]
 _MOST_PAIRS = 5_000_000
 
@@ -217,19 +220,19 @@ def _expand(marks, best, files):
     size = np.array([len(s) for s in same], dtype=np.int64)
     n = int((size*(size - 1)//2).sum() + (size[best.i]*size[best.j]).sum())
     if n > _MOST_PAIRS:
-        raise DuplicateError(f"A set must have at most {_MOST_PAIRS} pairs, got {n}: {same[int(size.argmax())][0][0]} stands in "
-                             f"{size.max()} files; leave out files that are equal by their bytes")
+        raise DuplicateError(f"A set must have at most {_MOST_PAIRS} pairs, got {n}: {same[int(size.argmax())][0][0]} "
+                             f"stands in {size.max()} files; leave out files that are equal by their bytes")
     shows = np.ptp(marks.thumbs, axis=(1, 2)) > 0
-    for i, group in enumerate(same):
-        for k, (a, sha) in enumerate(group):
-            for b, other in group[k + 1:]: yield a, b, "bytes" if sha == other else "pixels", 0, "upright", 1., bool(shows[i]), 0
+    for group, seen in zip(same, shows):
+        for (a, sha), (b, other) in combinations(group, 2):
+            yield a, b, "bytes" if sha == other else "pixels", 0, "upright", 1., bool(seen), 0
     for r in best.itertuples(index=False):
         for a, _ in same[r.i]:
             for b, _ in same[r.j]:
                 view = VIEWS[r.view] if a < b else inverse_view(VIEWS[r.view])
                 yield min(a, b), max(a, b), "near", r.distance, view, r.score, r.confirmed, r.upright
 
-# %% ../../nbs/14_data.duplicates.ipynb #a128df13
+# %% ../../nbs/14_data.duplicates.ipynb #3ade1e7f
 def find_pairs(
     manifest:Manifest, # of the set
     *,
@@ -241,18 +244,21 @@ def find_pairs(
     marks:Signatures|None=None, # from `signatures`, to search again without decoding
 )->pd.DataFrame: # columns `COLUMNS`, one row per pair of files with a < b, sorted
     "All pairs of files that show the same picture, and the candidates that do not"
-    if views not in ("all", "upright"): raise DuplicateError(f"views must be 'all' or 'upright', got {views!r}; choose one")
+    if views not in ("all", "upright"):
+        raise DuplicateError(f"views must be 'all' or 'upright', got {views!r}; choose one")
     if not 0 <= hamming <= 64: raise DuplicateError(f"hamming must lie in 0 to 64 bits, got {hamming}; 5 is usual")
-    if not 0 < correlation <= 1: raise DuplicateError(f"correlation must lie in (0, 1], got {correlation}; 0.95 is usual")
+    if not 0 < correlation <= 1:
+        raise DuplicateError(f"correlation must lie in (0, 1], got {correlation}; 0.95 is usual")
     marks, files = marks or signatures(manifest, workers=workers, progress=progress), _files_of(manifest.readable)
-    if sorted(files) != list(marks.paths): raise DuplicateError("marks must be the signatures of this manifest, got those of another; make them anew")
+    if sorted(files) != list(marks.paths):
+        raise DuplicateError("marks must be the signatures of this manifest, got those of another; make them anew")
     pairs = pd.DataFrame(list(_expand(marks, _near(marks, hamming, correlation, views), files)), columns=COLUMNS)
     types = dict(distance="int64", score="float64", confirmed="bool", upright="int64")
     pairs = pairs.astype(types).sort_values(["a", "b"]).reset_index(drop=True)
     pairs.attrs["search"] = dict(hamming=hamming, correlation=correlation, views=views)
     return pairs
 
-# %% ../../nbs/14_data.duplicates.ipynb #a2cd973b
+# %% ../../nbs/14_data.duplicates.ipynb #9b51d362
 def cluster(
     paths:Iterable[str], # all files
     pairs:pd.DataFrame, # columns a, b and confirmed; rows that are not confirmed join nothing
@@ -261,18 +267,19 @@ def cluster(
     parent = {p: p for p in sorted(set(paths))}
 
     def find(p):
+        "The root of `p`; paths are halved on the way"
         while parent[p] != p: parent[p] = p = parent[parent[p]]
         return p
 
     for a, b in zip(pairs.a[pairs.confirmed], pairs.b[pairs.confirmed]):
         if a not in parent or b not in parent:
-            raise DuplicateError(f"Both files of a pair must be among the paths, got {a} and {b}; pass all paths of the manifest")
+            raise DuplicateError(f"Both files of a pair must be among the paths, got {a} and {b}; pass all paths")
         a, b = sorted((find(a), find(b)))
         parent[b] = a
     number = {}
     return {p: number.setdefault(find(p), len(number)) for p in parent}
 
-# %% ../../nbs/14_data.duplicates.ipynb #1f5c2a98
+# %% ../../nbs/14_data.duplicates.ipynb #72c42795
 def _twinned(manifest, pairs):
     "Testing files with a partner in Training among these pairs"
     split = manifest.table.set_index("path").split
@@ -289,8 +296,8 @@ def leak_counts(
 )->dict: # testing, training, bytes, pixels, near, confirmed; by_class has the same without training
     "How many Testing files have a twin in Training, by kind and class"
     table = manifest.table
-    rules = dict(bytes=pairs.kind == "bytes", pixels=pairs.kind.isin(["bytes", "pixels"]), near=pairs.upright <= hamming,
-                 confirmed=pairs.confirmed & (pairs.distance <= hamming))
+    rules = dict(bytes=pairs.kind == "bytes", pixels=pairs.kind.isin(["bytes", "pixels"]),
+                 near=pairs.upright <= hamming, confirmed=pairs.confirmed & (pairs.distance <= hamming))
     hits = {k: _twinned(manifest, pairs[rule]) for k, rule in rules.items()}
     test = ((table.split == "Testing") & (table.problem == "")).to_numpy()
     count = lambda rows: dict(testing=int((test & rows).sum()), **{k: int((h & rows).sum()) for k, h in hits.items()})
@@ -298,7 +305,7 @@ def leak_counts(
     return total | dict(training=int(((table.split == "Training") & (table.problem == "")).sum()), hamming=hamming,
                         by_class={c: count((table.label == c).to_numpy()) for c in manifest.classes})
 
-# %% ../../nbs/14_data.duplicates.ipynb #8c6ed9db
+# %% ../../nbs/14_data.duplicates.ipynb #9517919d
 def label_conflicts(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
@@ -306,7 +313,8 @@ def label_conflicts(
     "Confirmed pairs whose two files carry different labels"
     label = manifest.table.set_index("path").label
     rows = pairs[pairs.confirmed].assign(label_a=pairs.a.map(label), label_b=pairs.b.map(label))
-    return rows.loc[rows.label_a != rows.label_b, ["a", "b", "label_a", "label_b", "view", "score"]].reset_index(drop=True)
+    rows = rows[rows.label_a != rows.label_b].reset_index(drop=True)
+    return rows[["a", "b", "label_a", "label_b", "view", "score"]]
 
 
 def byte_copies(
@@ -342,7 +350,7 @@ def plot_twins(
             colours.append(class_colour(table.label[path]))
     return show_grid(images, titles, cols=4, colours=colours, ax=ax)
 
-# %% ../../nbs/14_data.duplicates.ipynb #016ca2cc
+# %% ../../nbs/14_data.duplicates.ipynb #5b732f85
 def plot_leak(
     leak:dict, # from `leak_counts`
     *,
@@ -360,5 +368,5 @@ def plot_leak(
         ax.set(ylabel="Testing files, %", ylim=(0, 109))
         share = 100*leak["confirmed"]/max(leak["testing"], 1)
         ax.set_title(f"{share:.0f} % of the Testing files have a confirmed twin in Training\n"
-                     f"left to right: equal bytes, equal pixels, hash ≤ {leak['hamming']} upright, confirmed", fontsize=9)
+                     f"left to right: equal bytes, equal pixels, hash ≤ {leak['hamming']} upright, confirmed")
     return ax

@@ -279,10 +279,10 @@ def _paint_vessels(c, g):
         t, q, drift = g.uniform(0, 2*np.pi), g.uniform(.45, .99)*top, g.normal(0, .25, 2)*c.z
         _dot(c, q*np.cos(t) + drift[0], q*np.sin(t) + drift[1], g.uniform(.010, .028), "blood", g.uniform(.5, 1.5))
 
-# %% ../../nbs/11_data.phantom.ipynb #7c0ce50a
+# %% ../../nbs/11_data.phantom.ipynb #a9967f22
 def _size_at(c, r):
     "Radius in this slice of something that is largest between the second and the third"
-    return r/(1 + (.22*(c.z/_SPACING - 1.5))**2)
+    return r/(1 + (.16*(c.z/_SPACING - 1.5))**2)
 
 
 def _paint_cyst(c, g, u, v, r):
@@ -295,11 +295,11 @@ def _paint_infarct(c, g, u, v, r):
     ragged = c.distance(u, v) + .25*r*c.anatomy.folds(c.x, c.y, c.z + 3) < .9*r
     c.paint((c.depth > 0) & ragged & c.has("white", "grey"), "gliosis")
 
-# %% ../../nbs/11_data.phantom.ipynb #e43eea95
+# %% ../../nbs/11_data.phantom.ipynb #7b1e8ea9
 def _paint_cluster(c, g, u, v, r):
     for _ in range(g.integers(4, 14)):
         (du, dv), drift = r*g.normal(0, .45, 2), g.normal(0, .2, 2)*c.z
-        _dot(c, u + du + drift[0], v + dv + drift[1], g.uniform(.012, .035), "blood", g.uniform(.4, 1.6))
+        _dot(c, u + du + drift[0], v + dv + drift[1], g.uniform(.012, .035), "blood", g.uniform(.3, 1.2))
 
 
 def _paint_vessel(c, g, u, v, r):
@@ -311,7 +311,7 @@ def _paint_vessel(c, g, u, v, r):
 
 def _paint_lipoma(c, g, u, v, r): _dot(c, u, v, g.uniform(.03, .06), "scalp")
 
-# %% ../../nbs/11_data.phantom.ipynb #79b011c4
+# %% ../../nbs/11_data.phantom.ipynb #d03e85f9
 def _paint_spots(c, g, u, v, r):
     for _ in range(g.integers(2, 9)):
         side = g.choice([-1, 1])
@@ -322,19 +322,19 @@ _BENIGN = (_paint_cyst, _paint_infarct, _paint_cluster, _paint_spots, _paint_lip
 
 
 def _paint_benign(c, g, label):
-    "Benign findings: two to four without tumour, up to three smaller ones beside a tumour"
+    "Benign findings: one to four without tumour, up to two smaller ones beside a tumour"
     alone, reach = label == "no_tumor", .8*(1 - c.anatomy.scalp - c.anatomy.skull)
-    for _ in range(g.integers(2, 5) if alone else g.integers(0, 4)):
+    for _ in range(g.integers(1, 5) if alone else g.integers(0, 3)):
         kind, t, q = _BENIGN[g.integers(len(_BENIGN))], g.uniform(0, 2*np.pi), reach*np.sqrt(g.uniform())
         u = q*np.cos(t)*(g.uniform() > .3) # some on the midline, as some tumours are
         kind(c, g, u, q*np.sin(t), _size_at(c, g.uniform(.05, .30 if alone else .20)))
 
-# %% ../../nbs/11_data.phantom.ipynb #457dec54
+# %% ../../nbs/11_data.phantom.ipynb #7576c595
 def _paint_glioma(c, g):
     "Ragged ring with a necrotic core, in oedema"
-    t, q, r = g.uniform(0, 2*np.pi), .62*g.uniform()**.6, _size_at(c, g.uniform(.15, .36))
+    t, q, r = g.uniform(0, 2*np.pi), .62*g.uniform()**.6, _size_at(c, g.uniform(.16, .38))
     u, v, shapes = q*np.cos(t), .9*q*np.sin(t), [Waves(g, .45, n=14), Waves(g, .16, n=20), Waves(g, .09, n=20)]
-    reach, core, mm = g.uniform(1.25, 1.9), g.uniform(.45, .8), g.uniform(.5, 1.1)
+    reach, core, mm = g.uniform(1.25, 1.9), g.uniform(.45, .8), g.uniform(.6, 1.1)
     c = _near(c, u, v, 3*r)
     slow, mid, fast = [w(c.x, c.y, c.z) for w in shapes]
     s, brain = c.distance(u, v)/r + .16*slow + .10*mid, c.depth > .6*c.anatomy.gap
@@ -347,7 +347,7 @@ def _paint_glioma(c, g):
 
 def _paint_pituitary(c, g):
     "A few lobes about the midline"
-    r, mm = _size_at(c, g.uniform(.10, .22)), g.uniform(.45, 1.1)
+    r, mm = _size_at(c, g.uniform(.12, .26)), g.uniform(.6, 1.1)
     u, v, n, turn = c.anatomy.midline + g.normal(0, .04), g.uniform(-.3, .15), g.integers(3, 6), g.uniform(0, 2*np.pi)
     c = _near(c, u, v, 2.5*r)
     lobes = np.exp(-(c.distance(u, v)/(.6*r))**2)
@@ -358,7 +358,7 @@ def _paint_pituitary(c, g):
     c.paint((c.depth > 0) & (lobes > .5), "enhancing", mm)
     c.tumour |= (c.depth > 0) & (lobes > .5)
 
-# %% ../../nbs/11_data.phantom.ipynb #f5d6fc70
+# %% ../../nbs/11_data.phantom.ipynb #83d9ec14
 def _base(c, g, r):
     "Where a meningioma sits: its centre, how far each point is on its side of the dura, and from its base"
     a, inner = c.anatomy, 1 - c.anatomy.scalp - c.anatomy.skull
@@ -372,7 +372,7 @@ def _base(c, g, r):
 
 def _paint_meningioma(c, g):
     "A smooth, even mass on a broad base of dura"
-    r, shape, mm = _size_at(c, g.uniform(.14, .34)), Waves(g, .7, n=8), g.uniform(.45, 1.1)
+    r, shape, mm = _size_at(c, g.uniform(.17, .36)), Waves(g, .7, n=8), g.uniform(.6, 1.1)
     u, v, wall, along = _base(c, g, r)
     s = c.distance(u, v)/r + .06*shape(c.x, c.y, c.z)
     inside, body = c.depth > 0, (c.depth > 0) & (wall > 0) & (s < 1)
@@ -431,7 +431,7 @@ def _draw(label, patient, number, n, seed):
     if label in _TUMOURS: _TUMOURS[label](c, rng(seed, f"phantom.{label}", index=patient))
     return c
 
-# %% ../../nbs/11_data.phantom.ipynb #181aca4c
+# %% ../../nbs/11_data.phantom.ipynb #7467731a
 def _check(label, size, contrast):
     "Refuse what no phantom has"
     if label not in CLASSES:
@@ -455,13 +455,13 @@ def phantom_slice(
     "One slice of one patient under one label"
     _check(label, size, contrast)
     c, g = _draw(label, patient, slice, 2*size, seed), rng(seed, "phantom.scan", index=patient)
-    own = list(SEQUENCES)[g.choice(3, p=(.8, .1, .1))]
+    own = list(SEQUENCES)[g.choice(3, p=(.88, .06, .06))]
     axis = c.x.reshape(-1, 2).mean(1)
     bias = np.exp(g.uniform(.05, .22)*c.anatomy.field(axis, axis))
     bias /= bias.mean()
     s = _halve(_signal(c, contrast or own)).mean((1, 3))*bias
     white = np.percentile(s, 99)
-    sigma, gain = g.uniform(.01, .03), g.uniform(.68, 1.12)*255
+    sigma, gain = g.uniform(.008, .024), g.uniform(.68, 1.12)*255
     noise = rng(seed, "phantom.noise", epoch=slice, index=patient).normal(0, sigma, (2, size, size))
     image = np.clip(np.rint(gain*np.hypot(s/white + noise[0], noise[1])), 0, 255).astype(np.uint8)
     mask = [_halve(m).mean((1, 3)) >= .5 for m in (c.depth > 0, c.tumour)]

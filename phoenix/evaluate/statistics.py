@@ -346,7 +346,7 @@ def chance_band(
     high = stats.binom.ppf((1 + level)/2, n, shares.max())/n
     return Interval(float(shares.max()), float(low), float(high), int(n), level)
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #70110acf
+# %% ../../nbs/41_evaluate.statistics.ipynb #9edc06e3
 def smallest_p(
     n:int, # pairs: folds, seeds or discordant pictures
 )->float: # 2/2**n, at most 1
@@ -362,7 +362,7 @@ def power_note(
     "Warning for a test that cannot reject, whatever the data say"
     if smallest_p(n) < alpha: return ''
     need = int(np.floor(1 - np.log2(alpha))) + 1
-    return f'a {test} of {n} pairs cannot go below p = {smallest_p(n):.4g}, never below {alpha:g}; {need} pairs could'
+    return f'a {test} of {n} pairs cannot reach {alpha:g}: its smallest p is {smallest_p(n):.4g}; {need} pairs could'
 
 # %% ../../nbs/41_evaluate.statistics.ipynb #861ce98f
 def plot_intervals(

@@ -162,46 +162,46 @@ class DynamicSnakeConv(nn.Module):
         both = torch.cat([self.standard(x), self.snakes(x, self.offsets(x))], 1)
         return self.fuse(F.relu(self.norm(both)))
 
-# %% ../../nbs/20_models.snake.ipynb #f48aa9ad
-def _lines(n_out:int, n:int, stride:int, K:int)->Tensor:
-    "Clamped position of each tap of a straight line, `(n_out,K)`"
-    return (torch.arange(n_out)[:,None]*stride + torch.arange(K) - K//2).clamp(0, n-1)
-
-def _hats(offsets:Tensor, n:int, stride:int)->Tensor:
-    "Offsets `(B,L,m,K)` of one morphology, line by line, to interpolation matrices `(B,L,m,K*n)`"
-    L, m, K = offsets.shape[1:]
-    at = (offsets + (torch.arange(m, device=offsets.device)*stride).view(m,1).to(offsets)).clamp(0, n-1)
-    spread = torch.eye(K).repeat_interleave(n, 1).to(offsets)
-    return F.relu(1 - torch.addmm(-torch.arange(n).repeat(K).to(offsets), at.reshape(-1, K), spread).abs()).view(-1, L, m, K*n)
+# %% ../../nbs/20_models.snake.ipynb #251d1783
+def _snake_by_lines(x:Tensor, offsets:Tensor, taps:nn.Linear, stride:int)->Tensor:
+    "One snake that bends along the third axis of `x (B,L,M,C)`, from offsets `(B,K,l,m)` to `(B,l,m,width)`"
+    (L, M, C), (K, l, m) = x.shape[1:], offsets.shape[1:]
+    which = np.clip(np.arange(l)*stride + np.arange(K)[:,None] - K//2, 0, L-1).ravel().astype(np.int32)
+    own, places, one = (torch.from_numpy(o.astype(np.float32)).to(offsets) for o in
+                        (np.arange(m)*stride, -np.arange(M), np.ones((1, M))))
+    at = (offsets + own).clamp(0, M-1).reshape(-1, 1)
+    hats = F.relu(1 - torch.addmm(places, at, one).abs()).view(-1, K*l, m, M)
+    read = hats @ x.index_select(1, torch.from_numpy(which).to(x.device)) # (B,K*l,m,C)
+    return taps(read.view(-1, K, l, m, C).permute(0,2,3,1,4).reshape(-1, K*C)).view(-1, l, m, taps.out_features)
 
 def _snakes_by_matrix(m:nn.Module, x:Tensor, offsets:Tensor)->Tensor:
-    "Tap products first, then for each line one product with its interpolation matrix"
-    K, s, (H, W), (h, w) = m.kernel_size, m.stride, x.shape[2:], offsets.shape[2:]
-    table = m.taps(x.permute(0,2,3,1).reshape(-1, x.shape[1])).view(-1, H*W*2*K, m.width)
-    k = torch.arange(K)[:,None]
-    ix = (torch.arange(H)*W + _lines(w, W, s, K)[...,None])*2*K + k     # (w,K,H)
-    iy = (torch.arange(W) + _lines(h, H, s, K)[...,None]*W)*2*K + K + k # (h,K,W)
-    zx, zy = (table.index_select(1, i.flatten().to(x.device)) for i in (ix, iy))
-    sx = _hats(offsets[:,:K].permute(0,3,2,1), H, s) @ zx.view(-1, w, K*H, m.width) # (B,w,h,width)
-    sy = _hats(offsets[:,K:].permute(0,2,3,1), W, s) @ zy.view(-1, h, K*W, m.width) # (B,h,w,width)
-    return torch.cat([sx.permute(0,3,2,1), sy.permute(0,3,1,2)], 1) + m.shift
+    "Both snakes by interpolation matrices; lines are columns for the x snake and rows for the y snake"
+    K, s = m.kernel_size, m.stride
+    sx = _snake_by_lines(x.permute(0,3,2,1), offsets[:,:K].transpose(2,3), m.taps[0], s)
+    sy = _snake_by_lines(x.permute(0,2,3,1), offsets[:,K:], m.taps[1], s)
+    return torch.cat([sx.permute(0,3,2,1), sy.permute(0,3,1,2)], 1)
 
-# %% ../../nbs/20_models.snake.ipynb #c77fc321
+# %% ../../nbs/20_models.snake.ipynb #c40b613c
+def _tap_product(m:DynamicSnakeConv, snake:int, scale:Tensor, shift:Tensor)->nn.Linear:
+    "Tap weights of one snake as one product over (tap, channel), with its norm inside"
+    K, n, c = m.kernel_size, m.width, m.taps.in_channels
+    taps = nn.Linear(K*c, n).to(scale)
+    weight = m.taps.weight.detach().view(2, K, n, c)[snake]*scale.view(n, 1)
+    taps.weight.data, taps.bias.data = weight.permute(1,0,2).reshape(n, K*c).contiguous(), shift.clone()
+    return taps
+
 def export_snake(
     m:DynamicSnakeConv, # a trained layer, in evaluation mode
 )->DynamicSnakeConv: # a copy for export at a fixed image size: same outputs, norms folded, standard operators only
     "The layer with matrices for snakes and without norms"
     if m.training: raise PhoenixError("the layer must be in evaluation mode, got training mode: call .eval() first.")
-    e, w = copy.deepcopy(m), m.width
+    e, n = copy.deepcopy(m), m.width
     scale = m.norm.weight.detach()*torch.rsqrt(m.norm.running_var + m.norm.eps)
     shift = m.norm.bias.detach() - m.norm.running_mean*scale
     e.offset, e.offset_norm, e.norm = fuse_conv_bn_eval(e.offset, e.offset_norm), nn.Identity(), nn.Identity()
-    e.standard = nn.Conv2d(m.standard.in_channels, w, 3, m.stride, 1).to(scale)
-    e.taps = nn.Linear(m.taps.in_channels, m.taps.out_channels, bias=False).to(scale)
-    e.standard.weight.data = (m.standard.weight*scale[:w].view(-1,1,1,1)).detach()
-    e.standard.bias.data = shift[:w].clone()
-    per_tap = scale[w:].view(2,1,w,1).expand(2, m.kernel_size, w, 1).reshape(-1,1)
-    e.taps.weight.data = (m.taps.weight.flatten(1)*per_tap).detach()
-    e.register_buffer('shift', shift[w:].view(1,-1,1,1).clone())
+    e.standard = nn.Conv2d(m.standard.in_channels, n, 3, m.stride, 1).to(scale)
+    e.standard.weight.data = (m.standard.weight*scale[:n].view(-1,1,1,1)).detach()
+    e.standard.bias.data = shift[:n].clone()
+    e.taps = nn.ModuleList([_tap_product(m, i, scale[n*(i+1):n*(i+2)], shift[n*(i+1):n*(i+2)]) for i in range(2)])
     e.formulation = _snakes_by_matrix
     return e.eval()
