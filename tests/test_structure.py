@@ -72,3 +72,17 @@ def test_data_side_needs_no_torch(module):
 def test_cli_help_needs_no_torch():
     done = python("import sys; import phoenix.cli; assert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
+
+
+def test_sidebar_lists_every_notebook():
+    import yaml
+    from notebooks import NBS
+    side = (NBS / "sidebar.yml").read_text()
+    items = []
+
+    def walk(x):
+        for i in x:
+            walk(i["contents"]) if isinstance(i, dict) else items.append(i)
+    walk(yaml.safe_load(side)["website"]["sidebar"]["contents"])
+    found = {str(p.relative_to(NBS)) for p in NBS.rglob("*.ipynb") if not any(d.startswith(("_", ".")) for d in p.relative_to(NBS).parts)}
+    assert set(items) == found and len(items) == len(found), f"differ: {sorted(set(items) ^ found)}"

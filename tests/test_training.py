@@ -61,6 +61,11 @@ def test_seeds_give_the_same_bytes_in_a_fresh_process(straight, tmp_path):
     assert digest(other) != straight[1]
 
 
+def test_a_classifier_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
+    "NeuroSnake, augmentation, dropout and cache, in two fresh processes: weights and test logits"
+    assert run("classifier", tmp_path, 0) == run("classifier", tmp_path, 2, hashseed="5")
+
+
 def test_kill_and_resume_gives_the_same_bytes(tmp_path, straight):
     "SIGKILL in the middle of the fourth epoch, then resume in a fresh process"
     process = start("train", tmp_path, .02)

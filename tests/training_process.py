@@ -61,6 +61,26 @@ def draws_first(folder):
     train(folder)
 
 
+def classifier(folder, workers):
+    "One short training of a NeuroSnake on a phantom with augmentation, in fp32 on one thread"
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.augment import Augment
+    from phoenix.data.duplicates import find_pairs
+    from phoenix.data.phantom import make_phantom
+    from phoenix.data.preprocess import Preprocess
+    from phoenix.data.splits import certify, group_rows, split_grouped
+    from phoenix.train.learner import train_classifier
+    root = Path(folder)/"phantom"
+    if not root.exists(): make_phantom(root, patients=24, slices=1, size=64)
+    manifest = build_manifest(root, progress=False)
+    pairs = find_pairs(manifest, progress=False)
+    sides = split_grouped(manifest, group_rows(manifest, pairs), fractions=(.5, .25, .25))
+    t = train_classifier(manifest, certify(manifest, pairs, sides, "grouped"), model="neurosnake_tiny_ca", epochs=2,
+                         preprocess=Preprocess(size=(48, 48)), augment=Augment.default(48), batch_size=6,
+                         cache_dir=Path(folder)/"cache", workers=int(workers), progress=False)
+    print("digest", digest(t.learner), hashlib.sha256(t.test.logits.tobytes()).hexdigest())
+
+
 def state_of(n):
     "A model, an optimizer with moments and a state, all filled with `n`"
     model = nn.Linear(400, 400)

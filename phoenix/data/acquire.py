@@ -182,10 +182,10 @@ def _from_folders(root, files):
         else: rows.append(dict(path=f, label=label, split=split))
     return rows, rest, ()
 
-# %% ../../nbs/12_data.acquire.ipynb #12cf8480
+# %% ../../nbs/12_data.acquire.ipynb #5a466f29
 def _csv(path):
     "The set's own table as text, with its columns checked"
-    try: t = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+    try: t = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as e:
         raise AcquireError(f"manifest.csv must be a table with the columns file and label, got {e}: correct it") from e
     if not {"file", "label"} <= set(t.columns):

@@ -75,14 +75,13 @@ def rician(
     n = normal(gens, (2, *x.shape[-2:]), x.device).mul_(s)
     return torch.sqrt((x + n[:, :1]).square_().add_(n[:, 1:].square())).clamp_(max=1)
 
-# %% ../../nbs/18_data.augment.ipynb #22a9422d
+# %% ../../nbs/18_data.augment.ipynb #efe3f5ba
 @lru_cache(maxsize=16)
-def _legendre(n:int, order:int, device:str)->Tensor:
+def _legendre(n:int, order:int)->np.ndarray:
     "Legendre polynomials 0 … `order` at `n` pixel centres on [-1, 1], `(n,order+1)`"
-    at = (np.arange(n) + .5)/n*2 - 1
-    return torch.from_numpy(np.polynomial.legendre.legvander(at, order).astype(np.float32)).to(device)
+    return np.polynomial.legendre.legvander((np.arange(n) + .5)/n*2 - 1, order)
 
-# %% ../../nbs/18_data.augment.ipynb #b3dd0642
+# %% ../../nbs/18_data.augment.ipynb #3feebda7
 def bias_gain(
     size:tuple[int, int], # height and width, pixels
     gens:list[np.random.Generator], # one generator per sample
@@ -91,14 +90,15 @@ def bias_gain(
     device:str|torch.device='cpu', # where to make it
 )->Tensor: # gain `(B,1,H,W)` of mean 1
     "A smooth random gain within 1 ± `strength` whose mean over the image is 1"
-    h, w = size
+    if order < 1 or not 0 <= strength <= 1:
+        raise AugmentError(f'a gain needs an order from 1 and a strength in 0…1, got {order} and {strength}: correct them')
+    rows, cols = (_legendre(n, order) for n in size)
     keep = np.add.outer(np.arange(order + 1), np.arange(order + 1)) <= order
-    keep[0, 0] = False
-    c = np.stack([g.uniform(-1, 1, keep.shape)*keep for g in gens]).astype(np.float32)
-    rows, cols = _legendre(h, order, str(device)), _legendre(w, order, str(device))
-    left = torch.bmm(rows.expand(len(gens), -1, -1), torch.from_numpy(c).to(device))
-    field = torch.bmm(left, cols.T.expand(len(gens), -1, -1))
-    field -= field.mean((1, 2), keepdim=True)
+    c = np.stack([g.uniform(-1, 1, keep.shape)*keep for g in gens])
+    c[:, 0, 0] = 0
+    c[:, 0, 0] = -np.einsum('i,bij,j->b', rows.mean(0), c, cols.mean(0)) # the field's mean is 0
+    rows, c, cols = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (rows, c, cols))
+    field = torch.bmm(torch.bmm(rows.expand(len(c), -1, -1), c), cols.T.expand(len(c), -1, -1))
     field *= _uniform(gens, 0, strength, device)[:, 0]/field.abs().amax((1, 2), keepdim=True)
     return field.add_(1)[:, None]
 
@@ -112,7 +112,7 @@ def bias_field(
     if not strength: return x
     return (x*bias_gain(x.shape[-2:], gens, strength, device=x.device)).clamp_(max=1)
 
-# %% ../../nbs/18_data.augment.ipynb #3cb821f9
+# %% ../../nbs/18_data.augment.ipynb #239ed79e
 def intensity(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -122,7 +122,7 @@ def intensity(
     "Gain and gamma of the grey scale"
     if not (gain or gamma): return x
     g, power = _uniform(gens, 1 - gain, 1 + gain, x.device), _uniform(gens, -gamma, gamma, x.device).exp()
-    return (x.pow(power) if gamma else x).mul(g).clamp_(max=1)
+    return (x.pow(power) if gamma else x).mul(g).clamp_(0, 1)
 
 # %% ../../nbs/18_data.augment.ipynb #9b4cc6fe
 def _grid(size:tuple[int, int], device:torch.device)->tuple[Tensor, Tensor]:

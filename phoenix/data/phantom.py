@@ -329,12 +329,12 @@ def _paint_benign(c, g, label):
         u = q*np.cos(t)*(g.uniform() > .3) # some on the midline, as some tumours are
         kind(c, g, u, q*np.sin(t), _size_at(c, g.uniform(.05, .30 if alone else .20)))
 
-# %% ../../nbs/11_data.phantom.ipynb #7576c595
+# %% ../../nbs/11_data.phantom.ipynb #41f49ca9
 def _paint_glioma(c, g):
     "Ragged ring with a necrotic core, in oedema"
     t, q, r = g.uniform(0, 2*np.pi), .62*g.uniform()**.6, _size_at(c, g.uniform(.16, .38))
     u, v, shapes = q*np.cos(t), .9*q*np.sin(t), [Waves(g, .45, n=14), Waves(g, .16, n=20), Waves(g, .09, n=20)]
-    reach, core, mm = g.uniform(1.25, 1.9), g.uniform(.45, .8), g.uniform(.6, 1.1)
+    reach, core, mm = g.uniform(1.25, 1.9), g.uniform(.4, .75), g.uniform(.7, 1.2)
     c = _near(c, u, v, 3*r)
     slow, mid, fast = [w(c.x, c.y, c.z) for w in shapes]
     s, brain = c.distance(u, v)/r + .16*slow + .10*mid, c.depth > .6*c.anatomy.gap
@@ -347,7 +347,7 @@ def _paint_glioma(c, g):
 
 def _paint_pituitary(c, g):
     "A few lobes about the midline"
-    r, mm = _size_at(c, g.uniform(.12, .26)), g.uniform(.6, 1.1)
+    r, mm = _size_at(c, g.uniform(.12, .26)), g.uniform(.7, 1.2)
     u, v, n, turn = c.anatomy.midline + g.normal(0, .04), g.uniform(-.3, .15), g.integers(3, 6), g.uniform(0, 2*np.pi)
     c = _near(c, u, v, 2.5*r)
     lobes = np.exp(-(c.distance(u, v)/(.6*r))**2)
@@ -358,7 +358,7 @@ def _paint_pituitary(c, g):
     c.paint((c.depth > 0) & (lobes > .5), "enhancing", mm)
     c.tumour |= (c.depth > 0) & (lobes > .5)
 
-# %% ../../nbs/11_data.phantom.ipynb #83d9ec14
+# %% ../../nbs/11_data.phantom.ipynb #cc0b187e
 def _base(c, g, r):
     "Where a meningioma sits: its centre, how far each point is on its side of the dura, and from its base"
     a, inner = c.anatomy, 1 - c.anatomy.scalp - c.anatomy.skull
@@ -372,7 +372,7 @@ def _base(c, g, r):
 
 def _paint_meningioma(c, g):
     "A smooth, even mass on a broad base of dura"
-    r, shape, mm = _size_at(c, g.uniform(.17, .36)), Waves(g, .7, n=8), g.uniform(.6, 1.1)
+    r, shape, mm = _size_at(c, g.uniform(.17, .36)), Waves(g, .7, n=8), g.uniform(.65, 1.15)
     u, v, wall, along = _base(c, g, r)
     s = c.distance(u, v)/r + .06*shape(c.x, c.y, c.z)
     inside, body = c.depth > 0, (c.depth > 0) & (wall > 0) & (s < 1)

@@ -350,7 +350,7 @@ def _refuse_crossings(proof, group, side):
     raise SplitError(f"No group, patient or author's fold may stand on two sides, got {bad}"
                      f"{', for example ' + shown if shown else ''}; split by group_rows, or apply drop_crossings first")
 
-# %% ../../nbs/15_data.splits.ipynb #e931cc45
+# %% ../../nbs/15_data.splits.ipynb #8141328f
 SEARCH = dict(hamming=5, correlation=.95, views="all") # the least that a duplicate search must do
 _PACKAGES = ("numpy", "pillow", "scipy", "imagehash")
 
@@ -382,6 +382,7 @@ def certify(
         raise SplitError(f"An assignment must put different readable files of the manifest on two or more sides, got "
                          f"{len(strange)} strange files and the sides {sorted(side.unique())}; split the same manifest")
     parameters = SEARCH | pairs.attrs.get("search", {}) | dict(parameters or {})
+    parameters = {k: list(v) if isinstance(v, (tuple, set)) else v for k, v in parameters.items()}
     made = _remake(manifest, pairs, rule, parameters)
     if made is not None and not side.eq(made.astype(str).reindex(side.index)).all():
         raise SplitError(f"The assignment must be what rule {rule!r} gives with its parameters, got another one; "

@@ -29,19 +29,19 @@ from ..models.snake import DynamicSnakeConv
 from ..records import write_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/51_deploy.export.ipynb #b4d83e28
+# %% ../../nbs/51_deploy.export.ipynb #2acbbb90
 def make_session(
     path:str|Path, # an ONNX file
     threads:int=1, # threads within an operator; operators run one after another
 )->onnxruntime.InferenceSession: # on the CPU
     "An ONNX Runtime session with a fixed number of threads"
-    if threads<1: raise PhoenixError(f"threads must be at least 1, got {threads}: say how many cores one answer may use.")
+    if threads<1: raise PhoenixError(f"threads must be at least 1, got {threads}: say how many an answer may use.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
-# %% ../../nbs/51_deploy.export.ipynb #9242a20d
+# %% ../../nbs/51_deploy.export.ipynb #f6fc71b7
 def _scope(node:NodeProto)->str:
     "Dotted name of the module a node was traced in"
     chain = next((p.value for p in node.metadata_props if p.key=='pkg.torch.onnx.name_scopes'), "['','']")
@@ -57,8 +57,9 @@ def _tidy(model:ModelProto, snakes:set[str])->ModelProto:
         node.name = name if seen[name]==1 else f'{name}_{seen[name]}'
         if scope in snakes or scope.removesuffix('.offset') in snakes: sampling.append(node.name)
         node.ClearField('doc_string')
-    for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info,
-                 *model.graph.initializer): part.ClearField('metadata_props')
+    g = model.graph
+    for part in (model, g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer):
+        part.ClearField('metadata_props')
     onnx.helper.set_model_props(model, {'sampling':json.dumps(sampling), 'pixels':'[0, 1]'})
     return model
 
@@ -94,12 +95,13 @@ def export_onnx(
     write_bytes(path, proto.SerializeToString(deterministic=True))
     return Path(path)
 
-# %% ../../nbs/51_deploy.export.ipynb #cd1105a6
+# %% ../../nbs/51_deploy.export.ipynb #985107cd
 def node_census(
     path:str|Path, # an ONNX file
 )->dict[str,int]: # operator → number of nodes, most frequent first
     "Count the operators of a file"
-    return dict(collections.Counter(n.op_type for n in onnx.load(path, load_external_data=False).graph.node).most_common())
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return dict(collections.Counter(n.op_type for n in nodes).most_common())
 
 # %% ../../nbs/51_deploy.export.ipynb #5fccff6b
 def sampling_nodes(
@@ -109,7 +111,7 @@ def sampling_nodes(
     props = {p.key:p.value for p in onnx.load(path, load_external_data=False).metadata_props}
     return json.loads(props.get('sampling', '[]'))
 
-# %% ../../nbs/51_deploy.export.ipynb #e5183ed3
+# %% ../../nbs/51_deploy.export.ipynb #2c321b0a
 @dataclass(frozen=True)
 class Parity:
     "How far an ONNX file is from its network"
@@ -125,7 +127,8 @@ class Parity:
 
     def to_dict(self)->dict: # plain numbers for JSON
         "The certificate as data"
-        return {**{k:{str(n):v for n,v in o.items()} if isinstance(o, dict) else o for k,o in asdict(self).items()}, 'ok':self.ok}
+        plain = {k:{str(n):v for n,v in o.items()} if isinstance(o, dict) else o for k,o in asdict(self).items()}
+        return {**plain, 'ok':self.ok}
 
 # %% ../../nbs/51_deploy.export.ipynb #cd01fe01
 def check_parity(

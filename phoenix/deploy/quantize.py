@@ -41,19 +41,19 @@ class Chunks(CalibrationDataReader):
         start, self.at = self.at, self.at+self.size
         return {self.name:self.images[start:self.at].astype(np.float32)} if start<len(self.images) else None
 
-# %% ../../nbs/52_deploy.quantize.ipynb #b574ccd3
+# %% ../../nbs/52_deploy.quantize.ipynb #bf46b1b1
 def check_calibration(
     images:np.ndarray, # `(N,C,h,w)` float32
 )->np.ndarray: # the same
     "Refuse what can't be calibration images"
     if images.ndim!=4 or not len(images):
-        raise PhoenixError(f"calibration must be (N,C,H,W) images with N at least 1, got {images.shape}: give training images.")
+        raise PhoenixError(f"calibration must be (N,C,H,W) with N at least 1, got {images.shape}: give images.")
     low, high = float(images.min()), float(images.max())
     if not (low>=0 and high<=1):
-        raise PhoenixError(f"calibration pixels must lie in [0, 1], got {low:g} to {high:g}: preprocess the images as in training.")
+        raise PhoenixError(f"calibration pixels must lie in [0, 1], got {low:g} to {high:g}: preprocess as in training.")
     return images
 
-# %% ../../nbs/52_deploy.quantize.ipynb #2176d19a
+# %% ../../nbs/52_deploy.quantize.ipynb #f314eb14
 def float_nodes(
     path:str|Path, # file of `export_onnx`
     least:int=4, # input channels from which a convolution is worth quantising
@@ -61,11 +61,11 @@ def float_nodes(
     "Nodes to leave in float: whatever samples, and dense convolutions of very few channels"
     g = onnx.load(path).graph
     shapes = {t.name:tuple(t.dims) for t in g.initializer}
-    thin = [n.name for n in g.node if n.op_type=='Conv' and len(shapes.get(n.input[1], ()))==4 and shapes[n.input[1]][1]<least
-            and all(a.i==1 for a in n.attribute if a.name=='group')]
+    dense = [n for n in g.node if n.op_type=='Conv' and all(a.i==1 for a in n.attribute if a.name=='group')]
+    thin = [n.name for n in dense if shapes.get(n.input[1], (0,least))[1]<least]
     return [*sampling_nodes(path), *thin]
 
-# %% ../../nbs/52_deploy.quantize.ipynb #fcc8119c
+# %% ../../nbs/52_deploy.quantize.ipynb #b97c3380
 @contextmanager
 def _quiet()->Iterator[None]:
     "No advice from the quantiser in the log"
@@ -92,21 +92,24 @@ def quantize_int8(
     onnx.checker.check_model(model)
     write_bytes(int8_path, model.SerializeToString(deterministic=True))
     sizes = [Path(p).stat().st_size for p in (fp32_path, int8_path)]
-    return {'method':'static QDQ, int8 per-channel weights, uint8 activations, min-max', 'calibration_images':len(images),
+    return {'method':'static QDQ, int8 per-channel weights, uint8 activations, min-max',
+            'calibration_images':len(images),
             'calibration_sha256':sha256_bytes(np.ascontiguousarray(images, np.float32).tobytes()),
             'quantised_nodes':len(quantised_nodes(int8_path)), 'float_nodes':len(keep),
-            'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0], 'seconds':time.perf_counter()-start}
+            'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0],
+            'seconds':time.perf_counter()-start}
 
-# %% ../../nbs/52_deploy.quantize.ipynb #5812fda1
+# %% ../../nbs/52_deploy.quantize.ipynb #b1f2184d
 def quantised_nodes(
     path:str|Path, # an ONNX file
 )->list[str]: # names of the convolutions and products that read 8-bit weights
     "Nodes that run in 8 bits"
     g = onnx.load(path).graph
     made = {o:n.op_type for n in g.node for o in n.output}
-    return [n.name for n in g.node if n.op_type in ('Conv','Gemm','MatMul') and made.get(n.input[1])=='DequantizeLinear']
+    return [n.name for n in g.node
+            if n.op_type in ('Conv','Gemm','MatMul') and made.get(n.input[1])=='DequantizeLinear']
 
-# %% ../../nbs/52_deploy.quantize.ipynb #a7f6d715
+# %% ../../nbs/52_deploy.quantize.ipynb #9cc5876b
 def weight_errors(
     fp32_path:str|Path, # the float file
     int8_path:str|Path, # its 8-bit counterpart
@@ -119,12 +122,12 @@ def weight_errors(
         w, name = data[n.input[0]].astype(np.float64), n.input[0].removesuffix('_quantized')
         want = numpy_helper.to_array(whole[name]).astype(np.float64)
         if want.ndim<2: continue
-        axis = next((a.i for a in n.attribute if a.name=='axis'), 1)
-        scale = data[n.input[1]].reshape([-1 if i==axis%w.ndim else 1 for i in range(w.ndim)]) if data[n.input[1]].ndim else data[n.input[1]]
+        axis, scale = next((a.i for a in n.attribute if a.name=='axis'), 1)%w.ndim, data[n.input[1]]
+        if scale.ndim: scale = scale.reshape([-1 if i==axis else 1 for i in range(w.ndim)])
         errors[name] = float(np.linalg.norm(w*scale-want)/max(np.linalg.norm(want), 1e-30))
     return errors
 
-# %% ../../nbs/52_deploy.quantize.ipynb #0d9cbe13
+# %% ../../nbs/52_deploy.quantize.ipynb #544b2dda
 def run_logits(
     path:str|Path, # an ONNX file with one input
     images:np.ndarray, # `(N,C,h,w)` in [0, 1]
@@ -135,9 +138,10 @@ def run_logits(
     "Logits of many images, a batch at a time"
     session = make_session(path, threads)
     name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name:images[i:i+batch].astype(np.float32)})[0] for i in range(0, len(images), batch)])
+    parts = (images[i:i+batch].astype(np.float32) for i in range(0, len(images), batch))
+    return np.concatenate([session.run(None, {name:x})[0] for x in parts])
 
-# %% ../../nbs/52_deploy.quantize.ipynb #2d1fbab1
+# %% ../../nbs/52_deploy.quantize.ipynb #9a00ccb1
 def _softmax(z:np.ndarray)->np.ndarray:
     "Probabilities of logits `(N,K)`"
     e = np.exp(z.astype(np.float64) - z.max(1, keepdims=True))
@@ -160,9 +164,10 @@ def certify_int8(
     sizes = [Path(p).stat().st_size for p in (fp32, int8)]
     same, gap = float((a.argmax(1)==b.argmax(1)).mean()), np.abs(a-b)
     right = [float((p.argmax(1)==targets).mean()) for p in (a, b)]
-    return {'images':len(images), 'groups':change.n_groups, 'agreement':same, 'accuracy_fp32':right[0], 'accuracy_int8':right[1],
+    return {'images':len(images), 'groups':change.n_groups, 'agreement':same,
+            'accuracy_fp32':right[0], 'accuracy_int8':right[1],
             'accuracy_change':change.value, 'accuracy_change_low':change.low, 'accuracy_change_high':change.high,
             'mean_abs_prob_change':float(gap.mean()), 'max_abs_prob_change':float(gap.max()),
             'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0],
-            'rule':f'accuracy falls by less than {max_drop:g} and at least {min_agreement:g} of images keep their class',
+            'rule':f'accuracy falls by less than {max_drop:g}, and {min_agreement:g} or more keep their class',
             'ok':bool(right[0]-right[1]<max_drop and same>=min_agreement and np.isfinite(b).all())}

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.neurosnake.html.md"""
 __all__ = ['KINDS', 'SIZES', 'FAMILIES', 'Normalise', 'ConvNorm', 'StraightConv', 'Block', 'Plan', 'NeuroSnake', 'family_names',
            'create_neurosnake', 'count_cost', 'prepare_export']
 
-# %% ../../nbs/22_models.neurosnake.ipynb #dec7fba0
+# %% ../../nbs/22_models.neurosnake.ipynb #6ab98982
 import copy
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..keys import preserve_rng
 from .attention import ATTENTION, CoordinateAttention, make_attention
 from .snake import DynamicSnakeConv, export_snake
 from ..settings import PhoenixError, did_you_mean
@@ -73,7 +74,7 @@ class StraightConv(nn.Module):
         "Branches, norm, ReLU, fusion"
         return self.fuse(F.relu(self.norm(torch.cat([b(x) for b in self.branches], 1))))
 
-# %% ../../nbs/22_models.neurosnake.ipynb #398b68f6
+# %% ../../nbs/22_models.neurosnake.ipynb #eb07433d
 KINDS = ('snake', 'plain', 'local')
 class Block(nn.Module):
     "Residual bottleneck: 1×1 down, spatial branches, 1×1 up, shortcut"
@@ -85,7 +86,8 @@ class Block(nn.Module):
         kernel_size:int=9, # taps of a line
     ):
         super().__init__()
-        if kind not in KINDS: raise PhoenixError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}: choose one of them.")
+        if kind not in KINDS:
+            raise PhoenixError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}: choose one of them.")
         self.reduce = ConvNorm(c_in, width)
         self.body = (DynamicSnakeConv(width, c_out, kernel_size, width=width, bias=False) if kind=='snake' else
                      StraightConv(width, c_out, kernel_size, width, lines=kind=='plain'))
@@ -98,7 +100,7 @@ class Block(nn.Module):
         "What the branches add to the shortcut, rectified"
         return F.relu(self.norm(self.body(self.reduce(x))) + self.shortcut(x))
 
-# %% ../../nbs/22_models.neurosnake.ipynb #0ee3e7a9
+# %% ../../nbs/22_models.neurosnake.ipynb #61d1ee2c
 @dataclass(frozen=True)
 class Plan:
     "Everything that tells one network of the family from another"
@@ -115,13 +117,14 @@ class Plan:
 
     def __post_init__(self):
         n = {len(self.widths), len(self.depths), len(self.lines)}
-        if len(n)!=1: raise PhoenixError(f"widths, depths and lines must be equally long, got {self}: give one entry per stage.")
+        if len(n)!=1:
+            raise PhoenixError(f"widths, depths and lines must be equally long, got {self}: give one entry per stage.")
 
 SIZES = {'tiny':  Plan(16, (24,48,96,160),  (1,1,1,1), (False,True,True,True)),
          'small': Plan(24, (48,96,192,384), (1,1,2,2), (False,True,True,True)),
          'base':  Plan(32, (64,128,256,512), (1,2,2,2), (False,True,True,True))}
 
-# %% ../../nbs/22_models.neurosnake.ipynb #8e62920d
+# %% ../../nbs/22_models.neurosnake.ipynb #825c75c5
 class NeuroSnake(nn.Module):
     "Stem, stages with attention and pooling between, pooled head"
     def __init__(self,
@@ -136,8 +139,8 @@ class NeuroSnake(nn.Module):
         self.stem = nn.Sequential(ConvNorm(c_in, plan.stem, 3, 2), ConvNorm(plan.stem, c, 3, 2))
         self.stages = nn.ModuleList()
         for n,(w,depth,lines) in enumerate(zip(plan.widths, plan.depths, plan.lines)):
-            blocks = [Block(w if i else c, w, plan.kind if lines else 'local', max(8, int(w*plan.ratio)), plan.kernel_size)
-                      for i in range(depth)]
+            kind, width = plan.kind if lines else 'local', max(8, int(w*plan.ratio))
+            blocks = [Block(w if i else c, w, kind, width, plan.kernel_size) for i in range(depth)]
             pool, c = nn.MaxPool2d(2, ceil_mode=True) if n<len(plan.widths)-1 else nn.Identity(), w
             self.stages.append(nn.Sequential(*blocks, make_attention(plan.attention, w, plan.reduction), pool))
         self.dropout, self.head = nn.Dropout(plan.dropout), nn.Linear(c, n_classes)
@@ -164,7 +167,7 @@ def family_names(
     "Every network of the family and its twins"
     return [f'{f}_{s}_{a}' for f in FAMILIES for s in SIZES for a in ATTENTION]
 
-# %% ../../nbs/22_models.neurosnake.ipynb #bcaef69e
+# %% ../../nbs/22_models.neurosnake.ipynb #271dd7f1
 def create_neurosnake(
     name:str='neurosnake_small_ca', # `neurosnake_<size>[_<attention>]` or `plain_<size>[_<attention>]`
     n_classes:int=4, # logits
@@ -178,7 +181,8 @@ def create_neurosnake(
                            f"{did_you_mean(name, family_names())}: choose one of them.")
     family, size, attention = full.split('_')
     for k in set(changes)-set(Plan.__dataclass_fields__):
-        raise PhoenixError(f"model options must be fields of Plan, got {k!r}{did_you_mean(k, Plan.__dataclass_fields__)}: correct it.")
+        hint = did_you_mean(k, Plan.__dataclass_fields__)
+        raise PhoenixError(f"model options must be fields of Plan, got {k!r}{hint}: correct it.")
     plan = replace(SIZES[size], **{'kind':FAMILIES[family], 'attention':attention, **changes})
     return NeuroSnake(plan, n_classes, c_in)
 
@@ -224,7 +228,8 @@ def _fold(m:nn.Module)->None:
     if isinstance(m, CoordinateAttention): m.squeeze, m.norm = fuse_conv_bn_eval(m.squeeze, m.norm), nn.Identity()
     if isinstance(m, Block): m.body.fuse, m.norm = fuse_conv_bn_eval(m.body.fuse, m.norm), nn.Identity()
 
-# %% ../../nbs/22_models.neurosnake.ipynb #68077b31
+# %% ../../nbs/22_models.neurosnake.ipynb #74ff57ae
+@preserve_rng()
 def prepare_export(
     model:nn.Module, # any network; left untouched
 )->nn.Module: # a copy in evaluation mode that computes the same

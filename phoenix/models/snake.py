@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.snake.html.md"""
 # %% auto #0
 __all__ = ['outward_matrix', 'snake_rows', 'weighted_rows', 'DynamicSnakeConv', 'export_snake']
 
-# %% ../../nbs/20_models.snake.ipynb #951b7088
+# %% ../../nbs/20_models.snake.ipynb #0422a02a
 import copy
 import math
 import warnings
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..keys import preserve_rng
 from ..settings import PhoenixError
 
 # %% ../../nbs/20_models.snake.ipynb #ac3dcdfc
@@ -34,12 +35,12 @@ def outward_matrix(
     for k in range(1, r+1): m[r-k, r-k:r] = m[r+k, r:r+k] = 1
     return m
 
-# %% ../../nbs/20_models.snake.ipynb #af2c93ad
+# %% ../../nbs/20_models.snake.ipynb #be458716
 def snake_rows(
     offsets:Tensor, # `(B,2K,h,w)` accumulated offsets, pixels; first the x morphology (moves in y), then y
     size:tuple[int,int], # `(H,W)` of the sampled map
     stride:int=1, # pixels between neighbouring outputs
-)->tuple[Tensor,Tensor]: # table rows `(B*h*w*2, 2K)` int32, lower then upper neighbours; share of the upper `(B*h*w*2, K)`
+)->tuple[Tensor,Tensor]: # table rows `(B*h*w*2, 2K)` int32, lower then upper; share of the upper `(B*h*w*2, K)`
     "Table rows and interpolation weights that offsets point at"
     (B, K2, h, w), (H, W) = offsets.shape, size
     K, dev = K2//2, offsets.device
@@ -111,7 +112,7 @@ def _snakes_by_rows(m:nn.Module, x:Tensor, offsets:Tensor)->Tensor:
     out = weighted_rows(table, torch.cat([1-share, share], 1), rows)
     return out.view(B, h, w, 2*m.width).permute(0,3,1,2).to(kind)
 
-# %% ../../nbs/20_models.snake.ipynb #0a1fb14a
+# %% ../../nbs/20_models.snake.ipynb #c3f473e1
 class DynamicSnakeConv(nn.Module):
     "Standard, x-snake and y-snake branches, fused by a 1×1 convolution"
     def __init__(self,
@@ -128,8 +129,8 @@ class DynamicSnakeConv(nn.Module):
             raise PhoenixError(f"channels and stride must be at least 1 and extend_scope at least 0, got c_in={c_in}, "
                                f"c_out={c_out}, stride={stride}, extend_scope={extend_scope}: correct them.")
         K, w = kernel_size, width or c_out
-        self.register_buffer('outward', torch.block_diag(*[torch.from_numpy(outward_matrix(K))*extend_scope]*2)[...,None,None],
-                             persistent=False)
+        sums = torch.from_numpy(outward_matrix(K))*extend_scope
+        self.register_buffer('outward', torch.block_diag(sums, sums)[...,None,None], persistent=False)
         self.kernel_size, self.extend_scope, self.stride, self.width = K, extend_scope, stride, w
         self.formulation = _snakes_by_rows
         self.offset = nn.Conv2d(c_in, 2*(K-1), 3, stride, 1, bias=False)
@@ -181,7 +182,7 @@ def _snakes_by_matrix(m:nn.Module, x:Tensor, offsets:Tensor)->Tensor:
     sy = _snake_by_lines(x.permute(0,2,3,1), offsets[:,K:], m.taps[1], s)
     return torch.cat([sx.permute(0,3,2,1), sy.permute(0,3,1,2)], 1)
 
-# %% ../../nbs/20_models.snake.ipynb #c40b613c
+# %% ../../nbs/20_models.snake.ipynb #c6867e2e
 def _tap_product(m:DynamicSnakeConv, snake:int, scale:Tensor, shift:Tensor)->nn.Linear:
     "Tap weights of one snake as one product over (tap, channel), with its norm inside"
     K, n, c = m.kernel_size, m.width, m.taps.in_channels
@@ -190,6 +191,7 @@ def _tap_product(m:DynamicSnakeConv, snake:int, scale:Tensor, shift:Tensor)->nn.
     taps.weight.data, taps.bias.data = weight.permute(1,0,2).reshape(n, K*c).contiguous(), shift.clone()
     return taps
 
+@preserve_rng()
 def export_snake(
     m:DynamicSnakeConv, # a trained layer, in evaluation mode
 )->DynamicSnakeConv: # a copy for export at a fixed image size: same outputs, norms folded, standard operators only

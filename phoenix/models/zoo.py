@@ -39,7 +39,7 @@ class TimmClassifier(nn.Module):
         "Logits of a batch of images"
         return self.backbone(self.normalise(x))
 
-# %% ../../nbs/23_models.zoo.ipynb #ccc17dc7
+# %% ../../nbs/23_models.zoo.ipynb #d278f425
 def create_timm(
     name:str, # timm's name, such as 'resnet18'
     n_classes:int, # logits
@@ -53,12 +53,13 @@ def create_timm(
                            "see timm.list_models().")
     try: net = timm.create_model(name, pretrained=pretrained, in_chans=c_in, num_classes=n_classes, **options)
     except OSError as e:
-        raise PhoenixError(f"pretrained weights of {name} must be reachable or cached, got {type(e).__name__}: connect to "
-                           "the Hugging Face hub once, give pretrained_cfg_overlay={'file':...}, or use pretrained=False.") from e
+        raise PhoenixError(f"pretrained weights of {name} must be reachable or cached, got {type(e).__name__}: connect "
+                           "once to the Hugging Face hub, give pretrained_cfg_overlay={'file':…}, or leave "
+                           "pretrained=False.") from e
     except TypeError as e: raise PhoenixError(f"options must suit timm's {name}, got {options}: {e}.") from e
     return TimmClassifier(net, c_in)
 
-# %% ../../nbs/23_models.zoo.ipynb #ce7d01d0
+# %% ../../nbs/23_models.zoo.ipynb #ed2ee090
 class BaselineCNN(nn.Module):
     "Pairs of 3×3 convolutions with pooling between, and a linear head"
     def __init__(self,
@@ -70,8 +71,9 @@ class BaselineCNN(nn.Module):
         super().__init__()
         chans = (c_in, *widths)
         self.normalise = Normalise()
-        self.stages = nn.Sequential(*[nn.Sequential(ConvNorm(a, b, 3), ConvNorm(b, b, 3), nn.MaxPool2d(2, ceil_mode=True))
-                                      for a,b in zip(chans, chans[1:])])
+        self.stages = nn.Sequential()
+        for a,b in zip(chans, chans[1:]):
+            self.stages.append(nn.Sequential(ConvNorm(a, b, 3), ConvNorm(b, b, 3), nn.MaxPool2d(2, ceil_mode=True)))
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(widths[-1], n_classes)
 
     def features(self,
@@ -86,9 +88,10 @@ class BaselineCNN(nn.Module):
         "Logits of a batch of images"
         return self.head(self.dropout(self.features(x).mean((2,3))))
 
-# %% ../../nbs/23_models.zoo.ipynb #01eeee54
-ZOO = ('resnet18', 'resnet50', 'resnet101', 'efficientnet_b0', 'efficientnet_b4', 'mobilenetv3_small_100', 'mobilenetv3_large_100',
-       'densenet121', 'vgg16', 'convnext_atto', 'vit_base_patch16_224', 'vit_large_patch16_224')
+# %% ../../nbs/23_models.zoo.ipynb #b34bf08e
+ZOO = ('resnet18', 'resnet50', 'resnet101', 'efficientnet_b0', 'efficientnet_b4', 'mobilenetv3_small_100',
+       'mobilenetv3_large_100', 'densenet121', 'vgg16', 'convnext_atto', 'vit_base_patch16_224',
+       'vit_large_patch16_224')
 def model_names(
 )->list[str]: # what `create_model` knows by heart; any other timm name works too, as `timm/<name>`
     "Names of the family, the baseline and the backbones most used"

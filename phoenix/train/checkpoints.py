@@ -87,7 +87,7 @@ def previous_generation(
     path = Path(path)
     return path.with_name(f'{path.stem}.previous{path.suffix}')
 
-# %% ../../nbs/32_train.checkpoints.ipynb #2f21fa0f
+# %% ../../nbs/32_train.checkpoints.ipynb #59ebf044
 def save_checkpoint(
     path:Path, # the file, such as `last.safetensors`
     model:nn.Module, # its weights and buffers are saved
@@ -108,11 +108,11 @@ def save_checkpoint(
                 f.write(raw); f.flush(); os.fsync(f.fileno())
             if keep_previous and path.exists(): os.replace(path, previous_generation(path))
     except OSError as e:
-        raise CheckpointError(f'{path.name} could not be written ({e.strerror}): make room and start again with resume, '
-                              'the last good checkpoint is still there') from e
+        raise CheckpointError(f'{path.name} could not be written ({e.strerror}): make room and start again with '
+                              'resume, the last good checkpoint is still there') from e
     return path
 
-# %% ../../nbs/32_train.checkpoints.ipynb #00cff93d
+# %% ../../nbs/32_train.checkpoints.ipynb #4db3f2d6
 @dataclass(frozen=True)
 class Checkpoint:
     "The content of a checkpoint, checked"
@@ -133,28 +133,32 @@ def read_checkpoint(
     "Read and check a file without touching a model"
     path = Path(path)
     try: raw = path.read_bytes()
-    except FileNotFoundError: raise CheckpointError(f'{path.name} must exist, but there is no such file: train first') from None
+    except FileNotFoundError:
+        raise CheckpointError(f'{path.name} must exist, but there is no such file: train first') from None
     tensors, meta = unpack_checkpoint(raw, path.name)
     return Checkpoint(tensors, meta['state'], meta['opt'])
 
-# %% ../../nbs/32_train.checkpoints.ipynb #47443dc3
+# %% ../../nbs/32_train.checkpoints.ipynb #98e3bd98
 def _check_fit(have, want, what):
     "The tensors of a file are those of the module, by name and by shape"
     for k in sorted(set(have) | set(want)):
         if k not in have or k not in want or have[k].shape != want[k].shape:
             found, needed = (tuple(d[k].shape) if k in d else 'absent' for d in (have, want))
-            raise CheckpointError(f'the checkpoint must fit the {what}, but {k!r} is {found} in the file and {needed} in the '
-                                  f'{what}: build the {what} it was saved from')
+            raise CheckpointError(f'the checkpoint must fit the {what}, but {k!r} is {found} in the file and {needed} '
+                                  f'in the {what}: build the {what} it was saved from')
 
 
 def _restore_optimizer(opt, checkpoint):
     "Give an optimizer its moments and numbers back"
     now, state = opt.state_dict(), {}
-    if checkpoint.opt is None: raise CheckpointError('the checkpoint must hold an optimizer to resume, but it has weights only: '
-                                                     'use the last checkpoint, not the best')
-    groups = [{k: tuple(v) if isinstance(v, list) and k != 'params' else v for k, v in g.items()} for g in checkpoint.opt['groups']]
+    if checkpoint.opt is None:
+        raise CheckpointError('the checkpoint must hold an optimizer to resume, but it has weights only: '
+                              'use the last checkpoint, not the best')
+    groups = [{k: tuple(v) if isinstance(v, list) and k != 'params' else v for k, v in g.items()}
+              for g in checkpoint.opt['groups']]
     if [len(g['params']) for g in groups] != [len(g['params']) for g in now['param_groups']]:
-        raise CheckpointError('the checkpoint must fit the optimizer, but their parameter groups differ: make the same one')
+        raise CheckpointError('the checkpoint must fit the optimizer, but their parameter groups differ: '
+                              'make the same one')
     for k, v in (checkpoint.tensors | checkpoint.opt['values']).items():
         kind, i, *name = k.split('/', 2)
         if kind == 'opt': state.setdefault(int(i), {})[name[0]] = v
@@ -177,10 +181,10 @@ def load_checkpoint(
         if module is not None: module.load_state_dict(checkpoint.weights(kind))
     return checkpoint.state
 
-# %% ../../nbs/32_train.checkpoints.ipynb #4cda3ba5
+# %% ../../nbs/32_train.checkpoints.ipynb #1436eaa9
 def newest_checkpoint(
     path:Path, # the file that was saved to, such as `last.safetensors`
-)->tuple[Path|None, list[str]]: # the newest file that is whole, None where nothing was saved; why newer ones were passed over
+)->tuple[Path|None, list[str]]: # the newest whole file, None where nothing was saved; why newer ones were passed over
     "The newest generation that can be trusted"
     damaged = []
     for p in (Path(path), previous_generation(path)):

@@ -81,7 +81,10 @@ class Clock:
         "Whether only the validation still fits into the budget"
         return self.seconds > 0 and self.elapsed() + self.reserve >= self.seconds
 
-# %% ../../nbs/33_train.learner.ipynb #6184ad2a
+# %% ../../nbs/33_train.learner.ipynb #f3a45c85
+def _measured(row): return row['valid_loss'] is not None and not math.isnan(row['valid_loss'])
+
+
 @dataclass
 class History:
     "One row per epoch, and why the training ended"
@@ -92,8 +95,9 @@ class History:
 
     @property
     def best(self)->dict: # the row with the lowest validation loss
-        "The epoch whose weights are kept"
-        return min(self.rows, key=lambda r: r['valid_loss'])
+        "The epoch whose weights are kept: the last one where there is no validation side"
+        measured = [r for r in self.rows if _measured(r)]
+        return min(measured, key=lambda r: r['valid_loss']) if measured else self.rows[-1]
 
     def table(self)->pd.DataFrame: # columns as in `history.csv`
         "The rows as a table"
@@ -105,11 +109,11 @@ class History:
         "How long there has been no progress"
         best, wait = math.inf, 0
         for r in self.rows:
-            wait = 0 if r['valid_loss'] < best - min_delta else wait + 1
+            wait = 0 if not _measured(r) or r['valid_loss'] < best - min_delta else wait + 1
             if wait == 0: best = r['valid_loss']
         return wait
 
-# %% ../../nbs/33_train.learner.ipynb #da5db44b
+# %% ../../nbs/33_train.learner.ipynb #ab78b22f
 def _keyed(method):
     "The method, drawing from a key of its own, with the global random states restored"
     @functools.wraps(method)
@@ -121,7 +125,13 @@ def _keyed(method):
 class KeyedLearner(Learner):
     "fastai's learner, with randomness from keys and epochs that may start late"
     first_epoch = 0
-    def __init__(self, *args, seed=42, run_dir=None, choices=None, **kwargs):
+    def __init__(self,
+        *args, # of fastai's `Learner`
+        seed:int=42, # key of everything drawn
+        run_dir:Path|None=None, # gets checkpoints and history
+        choices:dict|None=None, # settings that a resumed fit must share
+        **kwargs # of fastai's `Learner`
+    ):
         self.seed, self.run_dir, self.choices = seed, run_dir and Path(run_dir), choices or {}
         super().__init__(*args, **kwargs)
 
@@ -138,7 +148,7 @@ class KeyedLearner(Learner):
     fit, validate, get_preds = _keyed(Learner.fit), _keyed(Learner.validate), _keyed(Learner.get_preds)
     show_results = _keyed(Learner.show_results)
 
-# %% ../../nbs/33_train.learner.ipynb #c06edfb5
+# %% ../../nbs/33_train.learner.ipynb #3de61d46
 class DropoutKey(Callback):
     "Seed torch from (seed, epoch, step) before every training batch"
     order, run_valid = -4, False
@@ -151,7 +161,10 @@ class DropoutKey(Callback):
 class ClipNorm(Callback):
     "Scale the gradient of all trained parameters together down to a largest norm"
     order = 20
-    def __init__(self, max_norm=1.): self.max_norm = max_norm
+    def __init__(self,
+        max_norm:float=1., # largest Euclidean norm
+    ): self.max_norm = max_norm
+
     def before_step(self):
         nn.utils.clip_grad_norm_([p for group in self.opt.param_lists for p in group], self.max_norm)
 
@@ -170,7 +183,7 @@ class FreshNorm(Callback):
     def after_train(self):
         for m, usual in self.usual.items(): m.momentum = usual
 
-# %% ../../nbs/33_train.learner.ipynb #e9a17b45
+# %% ../../nbs/33_train.learner.ipynb #251a91eb
 def make_learner(
     dls:DataLoaders, # training and validation batches
     model:nn.Module|str, # a network, or the name of one, made with weights from `seed`
@@ -192,14 +205,18 @@ def make_learner(
     choices = dict(model=name, loss=type(loss).__name__, opt=opt, weight_decay=weight_decay, clip_norm=clip_norm,
                    seed=seed, batches=len(dls.train))
     with preserve_rng():
-        return KeyedLearner(dls, model, loss, opt_func=opt_func, lr=lr, splitter=trained, metrics=accuracy,
-                            cbs=[EpochKeys(), DropoutKey(), FreshNorm(), ClipNorm(clip_norm)], seed=seed, run_dir=run_dir,
-                            choices=choices, path=run_dir)
+        cbs = [EpochKeys(), DropoutKey(), FreshNorm(), ClipNorm(clip_norm)]
+        return KeyedLearner(dls, model, loss, opt_func=opt_func, lr=lr, splitter=trained, metrics=accuracy, cbs=cbs,
+                            seed=seed, run_dir=run_dir, choices=choices, path=run_dir)
 
-# %% ../../nbs/33_train.learner.ipynb #3562e6ce
+# %% ../../nbs/33_train.learner.ipynb #af40f070
 class WarmupCosine(ParamScheduler):
     "Set the learning rate of every step from the progress of the run"
-    def __init__(self, clock, peak, warmup):
+    def __init__(self,
+        clock:Clock, # of the run
+        peak:float, # largest learning rate
+        warmup:float, # share of the run spent on the way up
+    ):
         super().__init__({'lr': lambda progress: peak * warmup_cosine(progress, warmup)})
         self.clock = clock
 
@@ -210,7 +227,10 @@ class WarmupCosine(ParamScheduler):
 class TimeBudget(Callback):
     "End the training part of an epoch when only its validation still fits into the budget"
     order = 91
-    def __init__(self, clock): self.clock, self.measured = clock, clock.reserve > 0
+    def __init__(self,
+        clock:Clock, # of the run
+    ): self.clock, self.measured = clock, clock.reserve > 0
+
     def before_train(self): self.since = time.perf_counter()
 
     def after_batch(self):
@@ -225,29 +245,37 @@ class TimeBudget(Callback):
     def after_epoch(self):
         if self.clock.over(): raise CancelFitException()
 
-# %% ../../nbs/33_train.learner.ipynb #4e6946bb
+# %% ../../nbs/33_train.learner.ipynb #882025c0
 class EpochScores(Callback):
     "Measure each epoch: mean training loss, validation loss and accuracy over all of its logits"
     order = 65
-    def __init__(self, history): self.history = history
+    def __init__(self,
+        history:History, # the rows of this fit
+    ): self.history = history
+
     def before_epoch(self): self.since, self.sums, self.seen, self.outs = time.perf_counter(), [], 0, []
     def after_batch(self):
         n = len(self.yb[0])
         if self.training: self.sums, self.seen = self.sums + [self.learn.loss.detach() * n], self.seen + n
         else: self.outs.append((self.learn.pred.detach(), self.yb[0]))
 
-    def after_epoch(self):
+    def validated(self)->tuple[float,float]: # loss and accuracy; nan where there is no validation side
+        "Loss and accuracy over all validation logits"
+        if not self.outs: return math.nan, math.nan
         logits, targets = (torch.cat(o) for o in zip(*self.outs))
-        with torch.no_grad(): valid = self.loss_func(logits, targets).item()
-        row = dict(epoch=self.epoch, lr=self.opt.hypers[0]['lr'], train_loss=torch.stack(self.sums).sum().item() / self.seen,
-                   valid_loss=valid, accuracy=(logits.argmax(1) == targets).double().mean().item(),
-                   seconds=time.perf_counter() - self.since)
-        if not math.isfinite(row['train_loss'] + valid):
-            raise TrainError(f'losses must stay finite, got {row["train_loss"]:.3g} in training and {valid:.3g} in validation '
+        with torch.no_grad(): loss = self.loss_func(logits, targets).item()
+        return loss, (logits.argmax(1) == targets).double().mean().item()
+
+    def after_epoch(self):
+        train, (valid, accuracy) = torch.stack(self.sums).sum().item() / self.seen, self.validated()
+        row = dict(epoch=self.epoch, lr=self.opt.hypers[0]['lr'], train_loss=train, valid_loss=valid,
+                   accuracy=accuracy, seconds=time.perf_counter() - self.since)
+        if not math.isfinite(train + (valid if self.outs else 0)):
+            raise TrainError(f'losses must stay finite, got {train:.3g} in training and {valid:.3g} in validation '
                              f'after epoch {self.epoch}: lower lr, now {row["lr"]:.2g}')
         self.history.rows.append(row)
 
-# %% ../../nbs/33_train.learner.ipynb #c0c877ed
+# %% ../../nbs/33_train.learner.ipynb #59b9ef52
 def _copies(learn):
     "The weights of model and loss, copied"
     return [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in (learn.model, learn.loss_func)]
@@ -256,7 +284,10 @@ def _copies(learn):
 class KeepBest(Callback):
     "Keep the weights of the lowest validation loss and put them back at the end"
     order = 70
-    def __init__(self, history, kept=None): self.history, self.kept = history, kept
+    def __init__(self,
+        history:History, # the rows of this fit
+        kept:list|None=None, # best weights of an earlier part of the fit
+    ): self.history, self.kept = history, kept
 
     def after_epoch(self):
         if self.history.best is self.history.rows[-1]: self.kept = _copies(self.learn)
@@ -268,15 +299,26 @@ class KeepBest(Callback):
 class EarlyStop(Callback):
     "End the fit after too many epochs without gain"
     order = 90
-    def __init__(self, history, patience, min_delta): self.history, self.patience, self.min_delta = history, patience, min_delta
+    def __init__(self,
+        history:History, # the rows of this fit
+        patience:int, # epochs without gain
+        min_delta:float, # least fall that counts
+    ):
+        self.history, self.patience, self.min_delta = history, patience, min_delta
+
     def after_epoch(self):
         if self.history.waited(self.min_delta) >= self.patience: raise CancelFitException()
 
-# %% ../../nbs/33_train.learner.ipynb #fa3f257a
+# %% ../../nbs/33_train.learner.ipynb #faabf6d5
 class CheckpointWriter(Callback):
     "After each epoch write the whole training state, and the weights when they are the best so far"
     order = 80
-    def __init__(self, history, clock, plan): self.history, self.clock, self.plan = history, clock, plan
+    def __init__(self,
+        history:History, # the rows of this fit
+        clock:Clock, # of the run
+        plan:dict, # settings that a resumed fit must share
+    ): self.history, self.clock, self.plan = history, clock, plan
+
     def after_epoch(self):
         folder = self.run_dir/'checkpoints'
         state = dict(plan=self.plan, rows=self.history.rows, spent=self.clock.elapsed(), reserve=self.clock.reserve,
@@ -289,20 +331,26 @@ class CheckpointWriter(Callback):
 class HistoryWriter(Callback):
     "Write `history.csv` after each epoch"
     order = 66
-    def __init__(self, history): self.history = history
+    def __init__(self,
+        history:History, # the rows of this fit
+    ): self.history = history
+
     def after_epoch(self): write_text(self.run_dir/'history.csv', self.history.table().to_csv(index=False))
 
 
 class PrintRow(Callback):
     "Print one line per epoch, where a progress bar would not be seen"
     order = 67
-    def __init__(self, history): self.history = history
+    def __init__(self,
+        history:History, # the rows of this fit
+    ): self.history = history
+
     def after_epoch(self):
         r = self.history.rows[-1]
         print(f"epoch {r['epoch'] + 1:>3}/{self.n_epoch}  train {r['train_loss']:.3f}  valid {r['valid_loss']:.3f}  "
               f"accuracy {r['accuracy']:.3f}  lr {r['lr']:.1e}  {r['seconds']:.1f} s", flush=True)
 
-# %% ../../nbs/33_train.learner.ipynb #641118aa
+# %% ../../nbs/33_train.learner.ipynb #2265b49f
 def _resumed(learn, plan):
     "What an earlier fit left in the run folder: its state and its best weights; None when it left nothing"
     folder = learn.run_dir/'checkpoints'
@@ -317,8 +365,10 @@ def _resumed(learn, plan):
     best = History(state['rows']).best
     if best['epoch'] == state['epoch']: return state, _copies(learn)
     for p in (folder/'best.safetensors', previous_generation(folder/'best.safetensors')):
-        if p.exists() and (c := read_checkpoint(p)).state['epoch'] == best['epoch']: return state, [c.weights(), c.weights('loss')]
-    raise TrainError(f'the best weights, of epoch {best["epoch"]}, must be in the run folder, but they are gone: train again')
+        if p.exists() and (c := read_checkpoint(p)).state['epoch'] == best['epoch']:
+            return state, [c.weights(), c.weights('loss')]
+    raise TrainError(f'the best weights, of epoch {best["epoch"]}, must be in the run folder, but they are gone: '
+                     'train again')
 
 # %% ../../nbs/33_train.learner.ipynb #69f6d184
 def _callbacks(learn, history, clock, plan, kept, progress):
@@ -336,7 +386,7 @@ def _reason(history, clock, plan):
     if history.waited(plan['min_delta']) >= plan['patience']: return 'patience'
     return 'seconds' if clock.over() else ''
 
-# %% ../../nbs/33_train.learner.ipynb #ef0bf7af
+# %% ../../nbs/33_train.learner.ipynb #68a16959
 @contextmanager
 def _screen(learn, progress):
     "With fastai's progress bars, or without any"
@@ -347,15 +397,16 @@ def _screen(learn, progress):
 
 def _beginning(learn, plan, resume):
     "The state and the best weights that a fit starts from"
-    if resume and not learn.run_dir: raise TrainError('resume needs the folder of the earlier fit, got none: pass run_dir')
+    if resume and not learn.run_dir:
+        raise TrainError('resume needs the folder of the earlier fit, got none: pass run_dir')
     found = _resumed(learn, plan) if resume else None
     if found: return found
     if learn.run_dir and not resume and newest_checkpoint(learn.run_dir/'checkpoints/last.safetensors')[0]:
-        raise TrainError('a new fit must have a folder of its own, but this one holds a training: pass resume=True to go on '
-                         'with it, or another run_dir')
+        raise TrainError('a new fit must have a folder of its own, but this one holds a training: pass resume=True to '
+                         'go on with it, or another run_dir')
     return dict(rows=[], spent=0., reserve=0.), None
 
-# %% ../../nbs/33_train.learner.ipynb #db1c831a
+# %% ../../nbs/33_train.learner.ipynb #a4f29769
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
@@ -372,7 +423,8 @@ def fit(
     plan = dict(learn.choices, epochs=epochs, lr=learn.lr if lr is None else lr, warmup_epochs=warmup_epochs,
                 seconds=seconds, patience=patience, min_delta=min_delta)
     if epochs < 1 or patience < 1 or seconds < 0:
-        raise TrainError(f'epochs and patience must be 1 or more and seconds 0 or more, got {epochs}, {patience} and {seconds}')
+        raise TrainError('epochs and patience must be 1 or more and seconds 0 or more, got '
+                         f'{epochs}, {patience} and {seconds}')
     with preserve_rng():
         learn.create_opt()
         state, kept = _beginning(learn, plan, resume)
@@ -380,7 +432,8 @@ def fit(
         learn.first_epoch = epochs if _reason(history, clock, plan) else len(history)
         progress = (IN_NOTEBOOK or sys.stdout.isatty()) if progress is None else progress
         try:
-            with _screen(learn, progress): learn.fit(epochs, cbs=_callbacks(learn, history, clock, plan, kept, progress))
+            cbs = _callbacks(learn, history, clock, plan, kept, progress)
+            with _screen(learn, progress): learn.fit(epochs, cbs=cbs)
         except PhoenixError as e:
             e.args = (str(e.args[0]).split('`:\n\t')[-1],) # without fastai's account of the callback
             raise
@@ -388,7 +441,7 @@ def fit(
     history.stopped = _reason(history, clock, plan)
     return history
 
-# %% ../../nbs/33_train.learner.ipynb #a7881f7a
+# %% ../../nbs/33_train.learner.ipynb #d12a994c
 def plot_history(
     history:History, # from `fit`
     *,
@@ -398,15 +451,16 @@ def plot_history(
     with style():
         ax = plt.subplots(figsize=(5, 3))[1] if ax is None else ax
         t, best = history.table(), history.best
-        for name, colour in (('train', '#8a8a8a'), ('valid', '#0072b2')):
-            ax.plot(t.epoch + 1, t[f'{name}_loss'], color=colour, label=f'{name}ing' if name == 'train' else 'validation')
+        for column, name, colour in (('train_loss', 'training', '#8a8a8a'), ('valid_loss', 'validation', '#0072b2')):
+            ax.plot(t.epoch + 1, t[column], color=colour, label=name)
         ax.axvline(best['epoch'] + 1, color='#d55e00', ls=':', label='kept')
         ax.set(xlabel='epoch', ylabel='loss (nats)', title=f"Lowest validation loss {best['valid_loss']:.2f} in epoch "
-               f"{best['epoch'] + 1} (accuracy {best['accuracy']:.0%})")
+               f"{best['epoch'] + 1} (accuracy {best['accuracy']:.0%})" if _measured(best) else "Training loss; no validation side")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     return ax
 
-# %% ../../nbs/33_train.learner.ipynb #69cc79ae
+# %% ../../nbs/33_train.learner.ipynb #351417c1
 @dataclass(frozen=True)
 class Predictions:
     "Logits and labels of a loader's images, in the order of its rows"
@@ -437,10 +491,12 @@ def predict(
         model.to(learn.dls.device).eval()
         outs = [(model(x.as_subclass(torch.Tensor)).float().cpu(), y.as_subclass(torch.Tensor).cpu()) for x, y in dl]
         model.train(was)
+    if not outs: return Predictions(np.zeros((0, len(learn.dls.vocab)), np.float32), np.zeros(0, np.int64), rows,
+                                    list(learn.dls.vocab))
     logits, targets = (torch.cat(o).numpy() for o in zip(*outs))
     return Predictions(logits, targets.astype(np.int64), rows, list(learn.dls.vocab))
 
-# %% ../../nbs/33_train.learner.ipynb #9d4fdeaf
+# %% ../../nbs/33_train.learner.ipynb #4d50fbbc
 @dataclass(frozen=True)
 class Trained:
     "What a training leaves: the learner with its best weights, its data, its history and its predictions"
@@ -464,7 +520,8 @@ def make_loss(
         raise TrainError(f'the loss must be one of {", ".join(names)}, got {name!r}{did_you_mean(name, names)}')
     if weights not in ('none', 'balanced'): raise TrainError(f"weights must be 'none' or 'balanced', got {weights!r}")
     w = class_weights(torch.as_tensor(np.asarray(targets)), n_classes) if weights == 'balanced' else None
-    return CrossEntropy(label_smoothing, w) if name == 'cross_entropy' else Focal(alpha=w, label_smoothing=label_smoothing)
+    if name == 'focal': return Focal(alpha=w, label_smoothing=label_smoothing)
+    return CrossEntropy(label_smoothing, w)
 
 # %% ../../nbs/33_train.learner.ipynb #7f966209
 def _route(options):
@@ -477,7 +534,7 @@ def _route(options):
             raise TrainError(f'an option must be one of {", ".join(names)}, got {k!r}{did_you_mean(k, names)}')
     return [{k: v for k, v in options.items() if k in names} for names in known.values()]
 
-# %% ../../nbs/33_train.learner.ipynb #651380ff
+# %% ../../nbs/33_train.learner.ipynb #dc7c02bb
 def train_classifier(
     manifest:Manifest, # images and labels
     certificate:Certificate, # which of them may train
@@ -492,12 +549,12 @@ def train_classifier(
     cache_dir:Path=Path('data/cache'), # preprocessed images
     run_dir:Path|None=None, # gets checkpoints and history; nothing is written when not given
     loss:str='cross_entropy', # or 'focal'
-    **options # of `make_loaders`, `make_learner`, `fit` and `make_loss`: published_split, shuffle_labels, lr, patience …
+    **options # of `make_loaders`, `make_learner`, `fit` and `make_loss`: published_split, shuffle_labels, lr …
 )->Trained: # learner, loaders, history and predictions
     "Train a network on certified images and predict the validation and test images with its best weights"
     for_loaders, for_learner, for_fit, for_loss = _route(options)
-    dls = make_loaders(manifest, certificate, preprocess or Preprocess(), augment=augment, batch_size=batch_size, seed=seed,
-                       cache_dir=cache_dir, **for_loaders)
+    dls = make_loaders(manifest, certificate, preprocess or Preprocess(), augment=augment, batch_size=batch_size,
+                       seed=seed, cache_dir=cache_dir, **for_loaders)
     loss = make_loss(loss, dls.train.dataset.targets, len(dls.vocab), **for_loss)
     learn = make_learner(dls, model, loss=loss, run_dir=run_dir, seed=seed, **for_learner)
     history = fit(learn, epochs, seconds=seconds, **for_fit)

@@ -74,7 +74,7 @@ class CrossEntropy(_LogitLoss):
                                  label_smoothing=self.label_smoothing, ignore_index=-2**31)
         return reduce_losses(losses, self.reduction, None if self.weight is None else self.weight[targets].sum())
 
-# %% ../../nbs/30_train.losses.ipynb #ba5fe598
+# %% ../../nbs/30_train.losses.ipynb #b050d66c
 class Focal(_LogitLoss):
     "Focal loss on logits with one alpha per class, finite for every gamma and every finite logit"
     def __init__(self,
@@ -91,12 +91,13 @@ class Focal(_LogitLoss):
     def forward(self, logits, targets):
         self.check(logits, targets, logits.shape[:1])
         z = self.scale(logits)
-        losses = F.cross_entropy(z, targets, reduction='none', label_smoothing=self.label_smoothing, ignore_index=-2**31)
+        losses = F.cross_entropy(z, targets, reduction='none', label_smoothing=self.label_smoothing,
+                                 ignore_index=-2**31)
         others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
         losses = (self.gamma * (others - z.logsumexp(1))).exp() * losses
         return reduce_losses(losses if self.weight is None else self.weight[targets] * losses, self.reduction)
 
-# %% ../../nbs/30_train.losses.ipynb #b1db6fd2
+# %% ../../nbs/30_train.losses.ipynb #26e88da0
 class BinaryCrossEntropy(_LogitLoss):
     "Binary cross-entropy on the logits of several labels that do not exclude each other"
     def __init__(self,
@@ -109,7 +110,8 @@ class BinaryCrossEntropy(_LogitLoss):
     def forward(self, logits, targets):
         self.check(logits, targets, logits.shape)
         soft = targets.to(logits.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
-        return reduce_losses(F.binary_cross_entropy_with_logits(self.scale(logits), soft, self.weight, reduction='none'), self.reduction)
+        losses = F.binary_cross_entropy_with_logits(self.scale(logits), soft, self.weight, reduction='none')
+        return reduce_losses(losses, self.reduction)
 
     def activation(self, logits): return self.scale(logits).sigmoid()
     def decodes(self, probs): return probs > .5

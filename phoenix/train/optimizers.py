@@ -36,7 +36,7 @@ def decay_groups(
     if not params: raise OptimizerError('an optimizer must have parameters, got none: is the whole model frozen?')
     return [g for g in groups if g['params']]
 
-# %% ../../nbs/31_train.optimizers.ipynb #a9c62ddb
+# %% ../../nbs/31_train.optimizers.ipynb #6533d705
 class GroupedOptimizer(OptimWrapper):
     "fastai's wrapper of a PyTorch optimizer, with decay only where a group asks for it"
     def __init__(self,
@@ -51,8 +51,8 @@ class GroupedOptimizer(OptimWrapper):
 
     def _set_hyper(self, k, v):
         if k not in self.bwd_map:
-            raise OptimizerError(f'{type(self.opt).__name__} has no hyper-parameter {k!r}{did_you_mean(k, self.bwd_map)}: '
-                                 f'it has {", ".join(sorted(self.bwd_map))}')
+            raise OptimizerError(f'a hyper-parameter of {type(self.opt).__name__} must be one of '
+                                 f'{", ".join(sorted(self.bwd_map))}, got {k!r}{did_you_mean(k, self.bwd_map)}')
         kept = [g['weight_decay'] for g in self.opt.param_groups]
         super()._set_hyper(k, v)
         for g, wd in zip(self.opt.param_groups, kept):
@@ -63,8 +63,8 @@ class GroupedOptimizer(OptimWrapper):
         for g in self.opt.param_groups: g.pop('step', None)
 
     def freeze_to(self, n):
-        if n: raise OptimizerError(f'only the whole model can be trained, got freeze_to({n}): the groups of this optimizer '
-                                   'are by decay, not by layer; set requires_grad before making the learner')
+        if n: raise OptimizerError(f'the whole model must be trained, got freeze_to({n}): these groups are by decay, '
+                                   'not by layer; set requires_grad before making the learner')
         super().freeze_to(n)
 
 # %% ../../nbs/31_train.optimizers.ipynb #5a4d1b37
