@@ -94,7 +94,9 @@ def test_epochs_come_back_and_differ(load):
     dls = load()
     first, second, again = epoch(dls.train, 0), epoch(dls.train, 1), epoch(dls.train, 0)
     assert equal(first, again) and not equal(first, second)
-    assert not equal(first, epoch(load(seed=43).train, 0))
+    other = load(seed=43).train
+    assert not equal(first, epoch(other, 0))
+    assert equal(list(other.set_epoch(2).new()), epoch(other, 2))
 
 
 def test_abandoned_epochs_leave_no_trace(load):

@@ -69,7 +69,7 @@ def test_a_classifier_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
 def test_kill_and_resume_gives_the_same_bytes(tmp_path, straight):
     "SIGKILL in the middle of the fourth epoch, then resume in a fresh process"
     process = start("train", tmp_path, .02)
-    history, deadline = tmp_path/"history.csv", time.monotonic() + 60
+    history, deadline = tmp_path/"history.csv", time.monotonic() + 180
     while not (history.exists() and len(history.read_text().splitlines()) == 4) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(.005)

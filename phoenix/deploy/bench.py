@@ -40,7 +40,7 @@ class Runner:
         x = self.image if self.preprocess is None else (self.preprocess(self.image)/np.float32(255))[None,None]
         return self.session.run(None, {self.name:x})[0]
 
-# %% ../../nbs/53_deploy.bench.ipynb #6c62dc1c
+# %% ../../nbs/53_deploy.bench.ipynb #80fb43ad
 def bench(
     sessions:dict[str,Callable[[],object]], # name → what gives one answer when called, a `Runner` for instance
     *,
@@ -64,7 +64,8 @@ def bench(
     finally:
         if was: gc.enable()
     rows = [{'name':k, 'p50_ms':np.percentile(t, 50), 'p95_ms':np.percentile(t, 95), 'min_ms':min(t),
-             'mean_ms':np.mean(t), 'runs':runs, 'warmup':warmup, 'threads':getattr(sessions[k], 'threads', pd.NA)} for k,t in times.items()]
+             'mean_ms':np.mean(t), 'runs':runs, 'warmup':warmup,
+             'threads':getattr(sessions[k], 'threads', pd.NA)} for k,t in times.items()]
     table = pd.DataFrame(rows).set_index('name').astype({'threads':'Int64'})
     table.attrs['runtime'] = f'onnxruntime {onnxruntime.__version__}'
     return table

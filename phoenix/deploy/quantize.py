@@ -41,7 +41,7 @@ class Chunks(CalibrationDataReader):
         start, self.at = self.at, self.at+self.size
         return {self.name:self.images[start:self.at].astype(np.float32)} if start<len(self.images) else None
 
-# %% ../../nbs/52_deploy.quantize.ipynb #bf46b1b1
+# %% ../../nbs/52_deploy.quantize.ipynb #9397a553
 def check_calibration(
     images:np.ndarray, # `(N,C,h,w)` float32
 )->np.ndarray: # the same
@@ -50,7 +50,7 @@ def check_calibration(
         raise PhoenixError(f"calibration must be (N,C,H,W) with N at least 1, got {images.shape}: give images.")
     low, high = float(images.min()), float(images.max())
     if not (low>=0 and high<=1):
-        raise PhoenixError(f"calibration pixels must lie in [0, 1], got {low:g} to {high:g}: preprocess as in training.")
+        raise PhoenixError(f"calibration pixels must lie in [0, 1], got {low:g} to {high:g}: preprocess them.")
     return images
 
 # %% ../../nbs/52_deploy.quantize.ipynb #f314eb14
