@@ -10,7 +10,7 @@ from PIL import Image
 
 from phoenix.data.acquire import build_manifest
 from phoenix.data.duplicates import (VIEWS, DuplicateError, byte_copies, cluster, find_pairs, hamming_search,
-                                     label_conflicts, leak_counts, phash, signatures, thumbnail, turn, view_hashes)
+                                     label_conflicts, leak_counts, phash, signatures, thumbnail, turn, view_hashes, _candidates)
 from phoenix.data.phantom import Faults, make_phantom
 from phoenix.data.pixels import read_pixels
 
@@ -71,12 +71,14 @@ def test_each_view_is_found_and_named(tmp_path, view):
 
 def test_direction_of_a_quarter_turn_does_not_depend_on_names(tmp_path):
     grey = next(heads(1))
-    for a, b in (("a.png", "b.png"), ("d.png", "c.png")):
-        save(tmp_path / a[0], f"glioma/{a}", grey)
-        save(tmp_path / a[0], f"glioma/{b}", np.ascontiguousarray(np.rot90(grey)))
-    first = find_pairs(build_manifest(tmp_path / "a", progress=False), progress=False)
-    second = find_pairs(build_manifest(tmp_path / "d", progress=False), progress=False)
-    assert first.view.tolist() == ["rot90"] and second.view.tolist() == ["rot270"]
+    for name, picture in (("a", grey), ("z", grey), ("m", np.ascontiguousarray(np.rot90(grey)))):
+        save(tmp_path, f"glioma/{name}.png", picture)
+    manifest = build_manifest(tmp_path, progress=False)
+    pairs = find_pairs(manifest, progress=False)
+    found = {(a[-5], b[-5]): v for a, b, v in zip(pairs.a, pairs.b, pairs.view)}
+    assert found == {("a", "m"): "rot90", ("a", "z"): "upright", ("m", "z"): "rot270"}
+    both_ways = _candidates(signatures(manifest, progress=False), 5, "all")
+    assert [VIEWS[v] for v in both_ways.view] == ["rot90"]
 
 
 def test_planted_copies_and_no_two_persons(planted):
@@ -116,6 +118,7 @@ def test_rows_in_any_order_give_the_same_pairs_and_clusters(planted):
     shuffled = type(manifest)(manifest.root, manifest.table.sample(frac=1, random_state=3), manifest.source)
     again = find_pairs(shuffled, progress=False)
     pd.testing.assert_frame_equal(pairs, again)
+    assert list(zip(pairs.a, pairs.b)) == sorted(zip(pairs.a, pairs.b))
     paths = list(manifest.readable.path)
     assert cluster(paths, pairs) == cluster(paths[::-1], pairs.sample(frac=1, random_state=1))
 

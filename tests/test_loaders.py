@@ -246,12 +246,21 @@ def test_certificates_that_do_not_hold_are_refused(load, made):
     folds = dict.fromkeys(good.assignment, 3)
     only = dict.fromkeys(good.assignment, 'train')
     for fields, message in ((dict(manifest_sha256='0'*64), 'of this manifest'), (dict(groups=groups), '1 cross'),
-                            (dict(assignment=fewer), '1 differ'), (dict(assignment=dict(good.assignment, ghost='test')), '1 differ'), (dict(assignment=folds), 'got 3'),
-                            (dict(assignment=only), 'test, valid has none')):
+                            (dict(assignment=fewer), '1 differ'), (dict(assignment=dict(good.assignment, ghost='test')), '1 differ'),
+                            (dict(assignment=folds), 'got 3'), (dict(assignment=only), 'test has none')):
         with pytest.raises(LoaderError, match=message): load(certificate=changed(good, **fields))
     with pytest.raises(LoaderError, match='got dict'): load(certificate={})
     dls = load(certificate=changed(good, assignment=fewer, left_out={train[0]: 'same group as another'}))
     assert train[0] not in set(dls.train.dataset.items.path) and len(dls.train.dataset) == len(train) - 1
+
+
+def test_no_validation_side_is_an_empty_loader(load, made):
+    good = made[2]
+    sides = {p: 'train' if s == 'valid' else s for p, s in good.assignment.items()}
+    groups = dict.fromkeys(good.groups, 0) | {p: i for i, p in enumerate(good.groups)}
+    dls = load(certificate=changed(good, assignment=sides, groups=groups, edges=[]), shuffle_labels=True)
+    assert [len(dl.dataset) for dl in dls] == [list(sides.values()).count(s) for s in ('train', 'valid', 'test')]
+    assert list(dls.valid) == [] and len(dl_rows(dls.valid)) == 0 and 'valid 0' in repr(dls)
 
 
 def test_a_class_without_training_pictures_is_refused(load, made):

@@ -81,7 +81,7 @@ def _legendre(n:int, order:int)->np.ndarray:
     "Legendre polynomials 0 … `order` at `n` pixel centres on [-1, 1], `(n,order+1)`"
     return np.polynomial.legendre.legvander((np.arange(n) + .5)/n*2 - 1, order)
 
-# %% ../../nbs/18_data.augment.ipynb #3feebda7
+# %% ../../nbs/18_data.augment.ipynb #21a405a7
 def bias_gain(
     size:tuple[int, int], # height and width, pixels
     gens:list[np.random.Generator], # one generator per sample
@@ -91,7 +91,7 @@ def bias_gain(
 )->Tensor: # gain `(B,1,H,W)` of mean 1
     "A smooth random gain within 1 ± `strength` whose mean over the image is 1"
     if order < 1 or not 0 <= strength <= 1:
-        raise AugmentError(f'a gain needs an order from 1 and a strength in 0…1, got {order} and {strength}: correct them')
+        raise AugmentError(f'a gain needs order ≥ 1 and strength in 0…1, got {order} and {strength}: correct them')
     rows, cols = (_legendre(n, order) for n in size)
     keep = np.add.outer(np.arange(order + 1), np.arange(order + 1)) <= order
     c = np.stack([g.uniform(-1, 1, keep.shape)*keep for g in gens])

@@ -75,7 +75,7 @@ def enhanced_t1(
     "T1 shortened by a contrast agent"
     return 1/(1/t1_ms + r1*agent_mm/1000)
 
-# %% ../../nbs/11_data.phantom.ipynb #07c2733a
+# %% ../../nbs/11_data.phantom.ipynb #996271b7
 @dataclass(frozen=True)
 class Sequence:
     "The times of a pulse sequence"
@@ -85,7 +85,8 @@ class Sequence:
     agent:bool=False # taken after a contrast agent
 
 
-SEQUENCES = {"T1-CE": Sequence(550., 12., agent=True), "T2": Sequence(4000., 100.), "FLAIR": Sequence(9000., 110., 2450.)}
+SEQUENCES = {"T1-CE": Sequence(550., 12., agent=True), "T2": Sequence(4000., 100.),
+             "FLAIR": Sequence(9000., 110., 2450.)}
 
 
 def _signals(sequence, agent_mm=0.):
@@ -143,7 +144,7 @@ class Anatomy:
     rough:Waves # irregular outline
     field:Waves # bias of the coil
 
-# %% ../../nbs/11_data.phantom.ipynb #2b47416e
+# %% ../../nbs/11_data.phantom.ipynb #f9a2b097
 def draw_anatomy(
     patient:int, # number of the patient
     seed:int=42, # root of all randomness
@@ -152,7 +153,8 @@ def draw_anatomy(
     g = rng(seed, "phantom.anatomy", index=patient)
     u = g.uniform
     return Anatomy(
-        width=u(.60, .80), height=u(.76, .93), tilt_rad=u(-.16, .16), x=u(-.06, .06), y=u(-.05, .05), taper=u(.02, .16),
+        width=u(.60, .80), height=u(.76, .93), tilt_rad=u(-.16, .16), x=u(-.06, .06), y=u(-.05, .05),
+        taper=u(.02, .16),
         scalp=u(.03, .11), skull=u(.045, .09), gap=u(.01, .045), level=u(0, 1), ventricle=u(.6, 1.5),
         midline=u(-.03, .03), cortex=u(.7, 1.3), folds=Waves(g, u(.20, .28)), fine=Waves(g, .11),
         rough=Waves(g, .55, n=12), field=Waves(g, 2.2, n=6))
@@ -194,7 +196,7 @@ class Canvas:
         "Distance from a point"
         return np.sqrt((self.u - u)**2 + (self.v - v)**2)
 
-# %% ../../nbs/11_data.phantom.ipynb #0ada5b68
+# %% ../../nbs/11_data.phantom.ipynb #e3b20445
 def _at(a, z):
     "The outline of a head at a height: narrower towards the crown, its bone cut more obliquely"
     return replace(a, width=a.width*(1 - .6*z), height=a.height*(1 - .4*z), y=a.y + .15*z, skull=a.skull*(1 + 2*z))
@@ -209,7 +211,7 @@ def _blank(anatomy, n, z):
     depth = 1 - a.scalp - a.skull - np.sqrt(u*u + v*v)*(1 + .012*a.rough(axis, axis, z))
     return Canvas(a, z, axis, axis, u, v, depth, np.zeros((n, n), np.uint8), np.zeros((n, n)), np.zeros((n, n), bool))
 
-
+# %% ../../nbs/11_data.phantom.ipynb #b281fc3f
 def _near(c, u, v, r):
     "The window of a canvas that holds all points within `r` of (u, v)"
     a, cos, sin = c.anatomy, np.cos(c.anatomy.tilt_rad), np.sin(c.anatomy.tilt_rad)
@@ -483,7 +485,7 @@ def summary_statistics(
     columns += [(x > k*mean[:, None, None]).mean((1, 2)) for k in (1, 2, 3, 4)]
     return np.stack(columns, 1)
 
-# %% ../../nbs/11_data.phantom.ipynb #52060b2c
+# %% ../../nbs/11_data.phantom.ipynb #0dc003a9
 @dataclass(frozen=True)
 class Faults:
     "How many faults of each kind are planted"
@@ -510,9 +512,10 @@ class Faults:
     def __post_init__(self):
         for f in fields(self):
             if operator.index(getattr(self, f.name)) < 0:
-                raise PhantomError(f"The number of {f.name} must be 0 or more, got {getattr(self, f.name)}; correct it")
+                raise PhantomError(f"The number of {f.name} must be 0 or more, got {getattr(self, f.name)}; correct "
+                                   "it")
 
-# %% ../../nbs/11_data.phantom.ipynb #7ba2595f
+# %% ../../nbs/11_data.phantom.ipynb #643432bf
 def _encode(grey, format="PNG", **how):
     "A picture as the bytes of a file"
     buffer = io.BytesIO()
@@ -522,12 +525,13 @@ def _encode(grey, format="PNG", **how):
 
 def _resize(grey, factor):
     side = int(grey.shape[0]*factor)
-    return np.asarray(Image.fromarray(grey).resize((side, side), Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(grey).resize((side, side),
+                                                   Image.Resampling.BOX if factor < 1 else Image.Resampling.BICUBIC))
 
 
 def _scaled(grey, factor): return np.clip(np.rint(grey*factor), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/11_data.phantom.ipynb #9f4b521c
+# %% ../../nbs/11_data.phantom.ipynb #d9d512ad
 def _png(change): return lambda grey: _encode(change(grey))
 
 
@@ -538,12 +542,14 @@ _COPIES = {
     "resized": [("× 0.5", "png", _png(lambda x: _resize(x, .5))), ("× 2", "png", _png(lambda x: _resize(x, 2)))],
     "mirrored": [("left–right", "png", _png(lambda x: x[:, ::-1]))],
     "turned": [("90°", "png", _png(np.rot90))],
-    "brightness": [("+20 %", "png", _png(lambda x: _scaled(x, 1.2))), ("-20 %", "png", _png(lambda x: _scaled(x, .8)))],
+    "brightness": [("+20 %", "png", _png(lambda x: _scaled(x, 1.2))),
+                   ("-20 %", "png", _png(lambda x: _scaled(x, .8)))],
     "inverted": [("negative", "png", _png(lambda x: 255 - x))],
     "label_conflicts": [("same bytes, other label", "png", _png(lambda x: x))]}
 _BROKEN = [("truncated png", "png", lambda x, g: _encode(x)[:len(_encode(x))*3//5]),
            ("garbage", "jpg", lambda x, g: g.bytes(400)),
-           ("truncated jpeg", "jpg", lambda x, g: _encode(x, "JPEG", quality=90)[:len(_encode(x, "JPEG", quality=90))*3//5]),
+           ("truncated jpeg", "jpg", lambda x, g: _encode(x, "JPEG",
+                                                          quality=90)[:len(_encode(x, "JPEG", quality=90))*3//5]),
            ("empty file", "png", lambda x, g: b"")]
 
 # %% ../../nbs/11_data.phantom.ipynb #3aecafbe
@@ -565,7 +571,7 @@ def _mark(grey):
     marked[:side, :side] = 255
     return marked
 
-# %% ../../nbs/11_data.phantom.ipynb #c0720a91
+# %% ../../nbs/11_data.phantom.ipynb #8f1654d1
 class _Set:
     "The files of a phantom before they are written"
     def __init__(self): self.rows, self.planted, self.numbers = [], [], {}
@@ -592,16 +598,18 @@ def _base_set(patients, slices, size, seed, border):
         s = phantom_slice(_label(p), p, k, size=size, seed=seed)
         marked = border and _label(p) in _TUMOURS
         grey = _mark(s.image) if marked else s.image
-        made.add(side, _label(p), _encode(grey), grey=grey, patient=p, slice=k, contrast=s.contrast, truth=s, marked=marked)
+        made.add(side, _label(p), _encode(grey), grey=grey, patient=p, slice=k, contrast=s.contrast, truth=s,
+                 marked=marked)
     return made
 
-# %% ../../nbs/11_data.phantom.ipynb #6d6b0d00
+# %% ../../nbs/11_data.phantom.ipynb #edae3dda
 def _sources(made, faults, seed):
     "Distinct Training pictures, one for each planted fault, in random order"
     train = [r for r in made.rows if r["file"].startswith("Training/")]
     need = sum(v for k, v in asdict(faults).items() if k not in ("border_shortcut", "blank"))
     if need > len(train):
-        raise PhantomError(f"{need} faults need as many Training pictures, got {len(train)}; ask for fewer or more patients")
+        raise PhantomError(f"{need} faults need as many Training pictures, got {len(train)}; ask for fewer or more "
+                           "patients")
     return iter([train[i] for i in permutation(len(train), seed, "phantom.faults")])
 
 
@@ -612,7 +620,8 @@ def _plant_copies(made, faults, sources, person):
             twin, (variant, extension, make) = next(sources), variants[i % len(variants)]
             others = [c for c in CLASSES if c != twin["label"]]
             label = others[i % len(others)] if kind == "label_conflicts" else twin["label"]
-            row = made.add("Testing", label, make(twin["grey"]), extension, patient=next(person), contrast=twin["contrast"])
+            row = made.add("Testing", label, make(twin["grey"]), extension, patient=next(person),
+                           contrast=twin["contrast"])
             made.plant(kind, variant, row, twin)
 
 # %% ../../nbs/11_data.phantom.ipynb #75eb3490
@@ -633,11 +642,12 @@ def _plant_broken(made, faults, sources, person, seed):
         for note in made.planted: note["twin"] = row["file"] if note["twin"] == old else note["twin"]
         made.plant("wrong_extension", "png named .jpg", row)
 
-# %% ../../nbs/11_data.phantom.ipynb #89a7f161
+# %% ../../nbs/11_data.phantom.ipynb #e92742e6
 def _truth(made, faults, **how):
     "What truth.json holds"
     images = [dict(file=r["file"], label=r["label"], patient=f"p{r['patient']:04d}", slice=r["slice"],
-                   contrast=r["contrast"], tumour_pixels=int(r["truth"].tumour.sum())) for r in made.rows if "truth" in r]
+                   contrast=r["contrast"], tumour_pixels=int(r["truth"].tumour.sum())) for r in made.rows
+                   if "truth" in r]
     return dict(synthetic=True, **how, classes=list(CLASSES), faults=asdict(faults), files=len(made.rows),
                 planted=made.planted, marked=[r["file"] for r in made.rows if r.get("marked")], images=images)
 
@@ -664,7 +674,7 @@ def _write_masks(made, folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(_encode(x if x.dtype == np.uint8 else x*np.uint8(255)))
 
-# %% ../../nbs/11_data.phantom.ipynb #874d0fdd
+# %% ../../nbs/11_data.phantom.ipynb #aab4095b
 def _whole_folder(root, write:Callable):
     "Let `write` fill a hidden folder beside `root`, then move it into place"
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -690,7 +700,8 @@ def make_phantom(
 )->dict: # what truth.json holds: planted faults, and patient, slice and tumour size of each image
     "A class-folder set with Training and Testing, manifest.csv and truth.json, the same bytes for the same arguments"
     if operator.index(patients) < len(CLASSES) or operator.index(slices) < 1:
-        raise PhantomError(f"A phantom needs 4 patients and 1 slice or more, got {patients} and {slices}; ask for more")
+        raise PhantomError(f"A phantom needs 4 patients and 1 slice or more, got {patients} and {slices}; ask for "
+                           "more")
     root = Path(root)
     made = _base_set(patients, slices, size, seed, faults.border_shortcut)
     sources, person = _sources(made, faults, seed), iter(range(patients, 10**6))

@@ -19,16 +19,18 @@ from ..plots import show_grid
 from ..records import hash_json
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/17_data.preprocess.ipynb #cd2ff86f
+# %% ../../nbs/17_data.preprocess.ipynb #87da12bd
 class PreprocessError(PhoenixError):
     "A picture or a setting that preprocessing has no rule for"
 
 
 def _checked(grey):
     "Refuse all but a two-dimensional array of grey levels"
-    if not isinstance(grey, np.ndarray) or grey.ndim != 2 or 0 in grey.shape or grey.dtype not in (np.uint8, np.uint16):
+    if not isinstance(grey, np.ndarray) or grey.ndim != 2 or 0 in grey.shape or grey.dtype not in (np.uint8,
+                                                                                                   np.uint16):
         got = f"{grey.dtype} {grey.shape}" if isinstance(grey, np.ndarray) else type(grey).__name__
-        raise PreprocessError(f"A picture must be a non-empty (H,W) array of uint8 or uint16, got {got}; use read_pixels")
+        raise PreprocessError(f"A picture must be a non-empty (H,W) array of uint8 or uint16, got {got}; use "
+                              "read_pixels")
     return np.ascontiguousarray(grey)
 
 
@@ -95,7 +97,7 @@ def head_mask(
     "Where the head is: brain, skull and scalp as one filled region"
     return _mask(clip_range(grey)).astype(bool)
 
-# %% ../../nbs/17_data.preprocess.ipynb #1c931248
+# %% ../../nbs/17_data.preprocess.ipynb #1443cbd5
 _VERSIONS = (1,)
 _NORMALISE = ("zscore", "range")
 
@@ -113,13 +115,16 @@ class Preprocess:
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else (self.size,))
         if len(self.size) != 2 or not all(type(n) is int and 8 <= n <= 4096 for n in self.size):
             raise PreprocessError(f"The size must be (height, width) in 8…4096 pixels, got {self.size}; correct it")
-        if not 50 < self.clip <= 100: raise PreprocessError(f"The clip must be a percentile over 50, got {self.clip}; correct it")
-        if type(self.clahe) is not bool: raise PreprocessError(f"clahe must be True or False, got {self.clahe!r}; correct it")
+        if not 50 < self.clip <= 100: raise PreprocessError("The clip must be a percentile over 50, got "
+                                                            f"{self.clip}; correct it")
+        if type(self.clahe) is not bool: raise PreprocessError(f"clahe must be True or False, got {self.clahe!r}; "
+                                                               "correct it")
         if self.normalise not in _NORMALISE:
             near = did_you_mean(self.normalise, _NORMALISE)
             raise PreprocessError(f"normalise must be one of {list(_NORMALISE)}, got {self.normalise!r}{near}")
         if self.version not in _VERSIONS:
-            raise PreprocessError(f"This phoenix preprocesses by version {_VERSIONS}, got {self.version}; install the one it came from")
+            raise PreprocessError(f"This phoenix preprocesses by version {_VERSIONS}, got {self.version}; install "
+                                  "the one it came from")
         object.__setattr__(self, "clip", float(self.clip))
 
 # %% ../../nbs/17_data.preprocess.ipynb #07ab41ef
@@ -163,7 +168,7 @@ def __call__(self:Preprocess,
     "The network's input"
     return self.steps(grey)["resized"]
 
-# %% ../../nbs/17_data.preprocess.ipynb #3e2112f8
+# %% ../../nbs/17_data.preprocess.ipynb #9e20c2a6
 def plot_steps(
     preprocess:Preprocess, # what is applied
     grey:np.ndarray, # (H,W) uint8 or uint16
@@ -172,11 +177,12 @@ def plot_steps(
 )->Axes: # the outer axes
     "The input and each step of its preprocessing"
     done = preprocess.steps(grey)
-    shown = [grey/(255 if grey.dtype == np.uint8 else 65535)] + [x/(1 if k == "head" else 255) for k, x in done.items()]
+    shown = [grey/(255 if grey.dtype == np.uint8 else 65535)] + [x/(1 if k == "head" else 255) for k,
+                                                                 x in done.items()]
     titles = [f"{k}, {x.shape[0]} × {x.shape[1]}" for k, x in zip(["input", *done], shown)]
     return show_grid([np.repeat(x[..., None], 3, 2) for x in shown], titles, cols=len(shown), ax=ax)
 
-# %% ../../nbs/17_data.preprocess.ipynb #d52d0d1c
+# %% ../../nbs/17_data.preprocess.ipynb #51869c60
 @patch
 def spec(self:Preprocess)->dict: # plain data for JSON
     "The description that is stored with a model"
@@ -191,7 +197,8 @@ def from_spec(cls:Preprocess,
     names = {f.name for f in fields(cls)}
     if not isinstance(spec, dict) or set(spec) != names:
         got = sorted(spec) if isinstance(spec, dict) else type(spec).__name__
-        raise PreprocessError(f"A preprocess spec must have exactly the keys {sorted(names)}, got {got}; take it from model.json")
+        raise PreprocessError(f"A preprocess spec must have exactly the keys {sorted(names)}, got {got}; take it "
+                              "from model.json")
     return cls(**spec)
 
 

@@ -58,14 +58,14 @@ def warmup_cosine(
     if progress < warmup: return progress / warmup
     return (1 + math.cos(math.pi * min(1., (progress - warmup) / (1 - warmup)))) / 2
 
-# %% ../../nbs/33_train.learner.ipynb #71e4d20a
+# %% ../../nbs/33_train.learner.ipynb #84a10660
 @dataclass
 class Clock:
     "How far a run is, by steps or by seconds, whichever is further"
     seconds:float=0. # budget of the whole run; 0 = none
     spent:float=0. # seconds used before a resume
     reserve:float=0. # seconds the next validation is expected to take
-    started:float=field(default_factory=time.perf_counter) # when this process began
+    started:float=field(default_factory=lambda: time.perf_counter()) # when this process began
 
     def elapsed(self)->float: # seconds used so far
         "Seconds used, those before a resume included"
@@ -350,7 +350,7 @@ class PrintRow(Callback):
         print(f"epoch {r['epoch'] + 1:>3}/{self.n_epoch}  train {r['train_loss']:.3f}  valid {r['valid_loss']:.3f}  "
               f"accuracy {r['accuracy']:.3f}  lr {r['lr']:.1e}  {r['seconds']:.1f} s", flush=True)
 
-# %% ../../nbs/33_train.learner.ipynb #2265b49f
+# %% ../../nbs/33_train.learner.ipynb #3403b88c
 def _resumed(learn, plan):
     "What an earlier fit left in the run folder: its state and its best weights; None when it left nothing"
     folder = learn.run_dir/'checkpoints'
@@ -358,6 +358,9 @@ def _resumed(learn, plan):
     for why in damaged: print(f'resuming from {path.name}: {why}', file=sys.stderr)
     if path is None: return None
     state = read_checkpoint(path).state
+    if state['threads'] != (n := torch.get_num_threads()):
+        print(f"resuming on {n} threads after {state['threads']}: the bytes will not be those of one run",
+              file=sys.stderr)
     changed = [f'{k} was {v} and is {plan.get(k)}' for k, v in state['plan'].items() if plan.get(k) != v]
     if changed: raise TrainError(f'a resumed fit must have the settings it began with, but {", ".join(changed)}: '
                                  'restore them, or train in a new folder')
@@ -386,7 +389,7 @@ def _reason(history, clock, plan):
     if history.waited(plan['min_delta']) >= plan['patience']: return 'patience'
     return 'seconds' if clock.over() else ''
 
-# %% ../../nbs/33_train.learner.ipynb #68a16959
+# %% ../../nbs/33_train.learner.ipynb #3f00a621
 @contextmanager
 def _screen(learn, progress):
     "With fastai's progress bars, or without any"
@@ -402,7 +405,8 @@ def _beginning(learn, plan, resume):
     found = _resumed(learn, plan) if resume else None
     if found: return found
     if learn.run_dir and not resume and newest_checkpoint(learn.run_dir/'checkpoints/last.safetensors')[0]:
-        raise TrainError('a new fit must have a folder of its own, but this one holds a training: pass resume=True to '
+        raise TrainError('a new fit must have a folder of its own, but this one holds a training: pass resume=True '
+                         'to '
                          'go on with it, or another run_dir')
     return dict(rows=[], spent=0., reserve=0.), None
 
@@ -441,7 +445,7 @@ def fit(
     history.stopped = _reason(history, clock, plan)
     return history
 
-# %% ../../nbs/33_train.learner.ipynb #d12a994c
+# %% ../../nbs/33_train.learner.ipynb #3ba6966f
 def plot_history(
     history:History, # from `fit`
     *,
@@ -454,8 +458,10 @@ def plot_history(
         for column, name, colour in (('train_loss', 'training', '#8a8a8a'), ('valid_loss', 'validation', '#0072b2')):
             ax.plot(t.epoch + 1, t[column], color=colour, label=name)
         ax.axvline(best['epoch'] + 1, color='#d55e00', ls=':', label='kept')
-        ax.set(xlabel='epoch', ylabel='loss (nats)', title=f"Lowest validation loss {best['valid_loss']:.2f} in epoch "
-               f"{best['epoch'] + 1} (accuracy {best['accuracy']:.0%})" if _measured(best) else "Training loss; no validation side")
+        kept = f"epoch {best['epoch'] + 1}"
+        if _measured(best):
+            kept = f"Lowest validation loss {best['valid_loss']:.2f} in {kept} (accuracy {best['accuracy']:.0%})"
+        ax.set(xlabel='epoch', ylabel='loss (nats)', title=kept)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     return ax
