@@ -324,7 +324,7 @@ def byte_copies(
     sizes = manifest.table.sha256.value_counts()
     return dict(groups=int((sizes > 1).sum()), redundant=int((sizes - 1).sum()))
 
-# %% ../../nbs/14_data.duplicates.ipynb #b887fa8a
+# %% ../../nbs/14_data.duplicates.ipynb #f07413cc
 def _choose(pairs, split, n):
     "Pairs worth a look: across splits first, then each kind and view in turn"
     same = (pairs.a.map(split) == pairs.b.map(split)).astype(int)
@@ -342,12 +342,14 @@ def plot_twins(
     "Confirmed pairs side by side, `a` left and `b` right, as they lie on disk"
     table = manifest.table.set_index("path")
     chosen = _choose(pairs[pairs.confirmed], table.split, n)
+    if not len(chosen): raise DuplicateError("There must be a confirmed pair to show, got none; search for more")
     images, titles, colours = [], [], []
     for r in chosen.itertuples():
         for path, note in ((r.a, f"{r.kind}, {r.view}"), (r.b, f"distance {r.distance}, r {r.score:.3f}")):
             images.append(thumbnail(read_pixels(manifest.root/path).grey, 128))
             titles.append(f"{table.split[path] or 'no split'} {table.label[path]}\n{note}")
             colours.append(class_colour(table.label[path]))
+    ax = ax or plt.subplots(figsize=(6.8, 2.3*max(1, -(-len(images)//4))))[1]
     return show_grid(images, titles, cols=4, colours=colours, ax=ax)
 
 # %% ../../nbs/14_data.duplicates.ipynb #5b732f85

@@ -210,7 +210,7 @@ def probe_table(
     rows = [asdict(p) | dict(skill=p.skill, red=p.red, low=p.interval[0], high=p.interval[1]) for p in probes]
     return pd.DataFrame(rows, columns=["name", "target", "accuracy", "low", "high", "chance", "skill", "red", "n"])
 
-# %% ../../nbs/16_data.shortcuts.ipynb #e6d0af1d
+# %% ../../nbs/16_data.shortcuts.ipynb #817c997a
 def plot_probes(
     probes:Sequence[Probe], # from `run_probes`
     *,
@@ -227,5 +227,6 @@ def plot_probes(
         ax.set_yticks(range(len(probes)), [f"{p.name} → {p.target}" for p in probes])
         ax.set(xlabel="right guesses, % (bar: 95 % interval, black line: chance)", ylim=(len(probes) - .5, -.5))
         red = sum(p.red for p in probes)
-        ax.set_title(f"{red} of {len(probes)} probes guess the label without the brain" if red else "No probe is red")
+        ax.set_title(f"{red} of {len(probes)} probes are red: the label shows without the brain" if red
+                     else "No probe is red")
     return ax
