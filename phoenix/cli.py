@@ -272,7 +272,7 @@ def train(
     facts = dict(run=str(run.path), model=str(run.path/"model"), scores=scores)
     return Reply(facts, lines([dict(part=k, **v) for k, v in scores.items()]) + f"\nmodel folder: {facts['model']}")
 
-# %% ../nbs/91_cli.ipynb #2307a8f8
+# %% ../nbs/91_cli.ipynb #c16122cd
 def _train(run, manifest, cert, s, published_split):
     "Train, score and package inside `run`"
     from phoenix.data.augment import Augment
@@ -283,7 +283,7 @@ def _train(run, manifest, cert, s, published_split):
     from phoenix.train.learner import train_classifier
     set_threads(s.threads)
     trained = train_classifier(manifest, cert, model=s.model, preprocess=Preprocess(size=(s.size, s.size)),
-        augment=Augment.default(), epochs=s.epochs, seconds=s.seconds, seed=s.seed, batch_size=s.batch_size, lr=s.lr,
+        augment=Augment.default(side=s.size), epochs=s.epochs, seconds=s.seconds, seed=s.seed, batch_size=s.batch_size, lr=s.lr,
         weight_decay=s.weight_decay, warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta,
         cache_dir=s.cache_dir, run_dir=run.path, published_split=published_split)
     found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
