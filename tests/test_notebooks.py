@@ -1,6 +1,7 @@
 "Each notebook's example cells against the exported module: what is proven is the package, not the notebook"
 import importlib
 import json
+import linecache
 import warnings
 
 import matplotlib
@@ -29,7 +30,9 @@ def test_examples_against_the_module(nb, monkeypatch):
         for cell in nb.code:
             if cell.exported or not runs(cell):
                 continue
-            exec(compile(cell.source, f"{nb.name}#cell{cell.index}", "exec"), space)
+            name = f"{nb.name}#cell{cell.index}"
+            linecache.cache[name] = len(cell.source), None, cell.source.splitlines(True), name  # so that inspect finds it
+            exec(compile(cell.source, name, "exec"), space)
     plt.close("all")
 
 
