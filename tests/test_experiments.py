@@ -147,7 +147,7 @@ def test_killed_runner(tmp_path):
 def test_interrupted_runner(tmp_path):
     runner, kernel = start_sleeper(tmp_path)
     runner.send_signal(signal.SIGINT)
-    runner.communicate(timeout=180)
+    runner.communicate(timeout=60)
     verdict = verify_run(only_run(tmp_path))
     assert verdict.state == "failed" and "in cell 2 of 3: KeyboardInterrupt" in verdict.reasons[0]
     assert runner.returncode != 0 and gone(kernel, 15)

@@ -4,6 +4,7 @@ import json
 import linecache
 import warnings
 
+import fastai.torch_core  # noqa: F401  it changes how tensors compare with lists; loaded first, the order of tests cannot matter
 import matplotlib
 import pytest
 
