@@ -364,7 +364,7 @@ def quantize(
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
-# %% ../nbs/91_cli.ipynb #01c92efa
+# %% ../nbs/91_cli.ipynb #8933afea
 @command(app, "bench", "phoenix bench runs/train-…/model image.png --runs 100")
 def bench(
     model:Path, # model folder
@@ -373,12 +373,9 @@ def bench(
     threads:int=1, # CPU threads of each session
 )->Reply: # p50 and p95 in ms, preprocessing included
     "Time FP32 and INT8 side by side on this machine"
-    from phoenix.deploy.bench import bench as timed
+    from phoenix.deploy.bench import bench_package
     from phoenix.deploy.package import load_package
-    package = load_package(model)
-    calls = {r: (lambda r=r: package.logits(package.images([image]), r, threads)) for r in package.runtimes}
-    if not calls: raise PhoenixError("The model folder must hold model.onnx, it has none; run `phoenix export` first")
-    rows = timed(calls, runs=runs).reset_index().to_dict("records")
+    rows = bench_package(load_package(model), image, threads=threads, runs=runs).reset_index().to_dict("records")
     return Reply(dict(timings=rows, threads=threads), lines(rows))
 
 # %% ../nbs/91_cli.ipynb #2fee1b4f

@@ -1,5 +1,6 @@
 "The sizes and habits that keep notebooks teachable: tests/notebooks.py reads, this file measures"
 import ast
+import base64
 import importlib
 import inspect
 import statistics
@@ -7,7 +8,7 @@ import statistics
 import pytest
 from fastcore.docments import docments
 
-from notebooks import ROOT, experiments, library
+from notebooks import ROOT, experiments, library, tutorials
 
 NOTEBOOKS = library()
 each = pytest.mark.parametrize("nb", NOTEBOOKS, ids=lambda nb: nb.name)
@@ -51,7 +52,6 @@ def test_cell_sizes(nb):
 def test_proportions(nb):
     assert len(nb.cells) <= 140, "140 cells at most"
     assert len(nb.prose) / len(nb.cells) >= .2, f"{len(nb.prose)} of {len(nb.cells)} cells are prose, a fifth at least"
-    assert nb.path.stat().st_size <= 400_000, "400 KB at most"
     defined = sum(len([d for d in c.definitions if not d.name.startswith("_")]) for c in nb.exported)
     checks = sum(c.checks for c in nb.code if not c.exported)
     assert checks >= .5 * defined, f"{checks} cells that check for {defined} public definitions, half at least"
@@ -132,3 +132,15 @@ def test_no_machine_paths_or_secrets():
             if f == "tests/test_style.py": continue
             found = bad.search(p.read_text(errors="ignore"))
             assert not found, f"{f} holds {found.group()!r}"
+
+
+@pytest.mark.parametrize("nb", library() + experiments() + tutorials(), ids=lambda nb: f"{nb.path.parent.name}/{nb.name}")
+def test_what_a_notebook_weighs(nb):
+    assert nb.path.stat().st_size <= 400_000, "400 KB at most"
+    assert all(len(line) <= 120 for c in nb.code for line in c.lines), "a line over 120 characters"
+    for i, c in enumerate(nb.cells):
+        for o in c.get("outputs", []):
+            png = o.get("data", {}).get("image/png", "")
+            size = len(base64.b64decode("".join(png)))
+            assert size <= 80_000, f"{nb.name} cell {i}: a plot of {size/1000:.0f} KB, 80 at most; show it with picture()"
+            assert o.output_type != "error", f"{nb.name} cell {i}: a stored error"
