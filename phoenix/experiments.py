@@ -218,11 +218,12 @@ def resolve_parameters(
             raise ExperimentError(f"A parameter must be one of {list(declared)}, got {name!r}{near}")
     return {k: coerce(p, given[k]) if k in given else p.default for k, p in declared.items()}
 
-# %% ../nbs/90_experiments.ipynb #ab881d77
+# %% ../nbs/90_experiments.ipynb #c788437f
 def _kernel_manager(run, sockets):
     "A kernel manager that starts this interpreter and names the run in its environment"
     spec = KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python",
-                      env={"PHOENIX_RUN": str(run.path.resolve())})
+                      env={"PHOENIX_RUN": str(run.path.resolve()),
+                           "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")})
 
     class SameInterpreter(AsyncKernelManager):
         "Starts `sys.executable`, whatever kernels are installed"

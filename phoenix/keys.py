@@ -134,7 +134,7 @@ def check_deterministic(
         raise KeyUseError("A call must leave global random states unmoved, but one moved; use `preserve_rng()`")
     return first
 
-# %% ../nbs/01_keys.ipynb #3e8300fb
+# %% ../nbs/01_keys.ipynb #e370732d
 THREAD_VARS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -144,6 +144,7 @@ def set_threads(
     "Pin OpenMP, BLAS, OpenCV and torch to `n` threads"
     if not 1 <= operator.index(n) <= 1024: raise KeyUseError(f"Threads must lie in 1…1024, got {n}; correct it")
     os.environ.update({v: str(n) for v in THREAD_VARS})
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     threadpool_limits(int(n))
     if "cv2" in sys.modules: sys.modules["cv2"].setNumThreads(int(n))
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(int(n))

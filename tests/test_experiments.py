@@ -179,6 +179,16 @@ def test_same_interpreter_whatever_kernels_are_installed(tmp_path, monkeypatch):
     assert read_json(execute(tmp_path, nb)/"metrics.json") == {"exe": sys.executable}
 
 
+@pytest.mark.parametrize("given, policy", [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_told(tmp_path, monkeypatch, given, policy):
+    "Set before the kernel starts, for OpenMP reads it once"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given: monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    nb = notebook(tmp_path, "import os\nfrom phoenix.experiments import current_run\n"
+                            "current_run().record(policy=os.environ['OMP_WAIT_POLICY'])")
+    assert read_json(execute(tmp_path, nb)/"metrics.json") == {"policy": policy}
+
+
 def test_the_bar_is_on_stderr(tmp_path, capfd):
     run_experiment(notebook(tmp_path, "print('hello')"), None, tmp_path/"runs", show="output")
     out, err = capfd.readouterr()
