@@ -96,7 +96,7 @@ def _signals(sequence, agent_mm=0.):
     if sequence.ti_ms: return inversion_recovery(pd, t1, t2, sequence.tr_ms, sequence.te_ms, sequence.ti_ms)
     return spin_echo(pd, t1, t2, sequence.tr_ms, sequence.te_ms)
 
-# %% ../../nbs/11_data.phantom.ipynb #35c0bd70
+# %% ../../nbs/11_data.phantom.ipynb #ee1aa9c6
 class Waves:
     "A smooth random field of zero mean and unit variance, defined at every height"
     def __init__(self,
@@ -117,7 +117,8 @@ class Waves:
     )->np.ndarray: # (H,W) float64
         "The field on a grid"
         p, q = np.outer(y, self.ky) + self.kz*z + self.phase, np.outer(x, self.kx)
-        return np.hstack([np.cos(p), -np.sin(p)]) @ np.hstack([np.cos(q), np.sin(q)]).T * np.sqrt(2/len(self.kx))
+        rows, cols = np.hstack([np.cos(p), -np.sin(p)]), np.hstack([np.cos(q), np.sin(q)])
+        return np.einsum("yk,xk->yx", rows, cols)*np.sqrt(2/len(self.kx))
 
 # %% ../../nbs/11_data.phantom.ipynb #87c4138d
 _SPACING = .06 # between neighbouring slices, half images: about 6 mm
