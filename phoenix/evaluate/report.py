@@ -106,7 +106,7 @@ def thumbnail(
     strip.save(file, 'PNG', optimize=True)
     return Figure(file.getvalue(), caption, alt, colour=colour)
 
-# %% ../../nbs/48_evaluate.report.ipynb #8c5ea7ae
+# %% ../../nbs/48_evaluate.report.ipynb #1df01e3d
 @dataclass(frozen=True)
 class Table:
     "A table and its caption"
@@ -130,7 +130,7 @@ class Headline:
     "One row of the table at the top"
     name:str # what was measured
     value:object # number, text or `Interval`
-    unit:str = '' # '%' shows a share of one as per cent; else 'ms', 'MB' …
+    unit:str = '' # '%' shows a share of one as per cent, 'points' a difference of shares; else 'ms', 'MB' …
     note:str = '' # one short line under the name
 
 # %% ../../nbs/48_evaluate.report.ipynb #5d3b7edd
@@ -148,7 +148,7 @@ class ReportData:
     sections:list[Section] = field(default_factory=list) # in reading order
     cannot_claim:list[str] = field(default_factory=list) # what the numbers do not show
 
-# %% ../../nbs/48_evaluate.report.ipynb #0be15800
+# %% ../../nbs/48_evaluate.report.ipynb #92d2a24f
 def _number(x):
     "A number with about three figures"
     if abs(x) >= 1000: return f'{x:,.0f}'.replace(',', '\u202f')
@@ -158,11 +158,12 @@ def _number(x):
 
 def show(
     x:object, # number, text, truth value, `Interval` or None
-    unit:str = '', # '%' multiplies by 100
+    unit:str = '', # '%' multiplies by 100; 'points' does too, and gives differences their sign
 )->str: # text for people
     "`x` as the report prints it"
     if isinstance(x, Interval):
         if unit == '%': return f'{100*x.value:.1f} % [{100*x.low:.1f}, {100*x.high:.1f}]'
+        if unit == 'points': return f'{100*x.value:+.1f} points [{100*x.low:+.1f}, {100*x.high:+.1f}]'
         return f'{show(x.value)} [{show(x.low)}, {show(x.high)}] {unit}'.strip()
     real = isinstance(x, (float, np.floating))
     if x is None or x is pd.NA or (real and np.isnan(x)): return '–'
