@@ -8,18 +8,16 @@ Docs: https://phoenix-mri.github.io/phoenix/keys.html.md"""
 __all__ = ['THREAD_VARS', 'KeyUseError', 'rng', 'seed64', 'torch_generator', 'permutation', 'preserve_rng', 'seeded',
            'check_deterministic', 'set_threads']
 
-# %% ../nbs/01_keys.ipynb #d54f27ec
+# %% ../nbs/01_keys.ipynb #b0979966
 import hashlib, operator, os, random, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .settings import PhoenixError
-
-if TYPE_CHECKING: import torch
 
 # %% ../nbs/01_keys.ipynb #941914e0
 class KeyUseError(PhoenixError):
@@ -58,13 +56,13 @@ def seed64(
     key, counter = _words(seed, purpose, epoch, index)
     return int(np.random.Philox(key=key, counter=counter).random_raw()) >> 1
 
-# %% ../nbs/01_keys.ipynb #e991c46f
+# %% ../nbs/01_keys.ipynb #dce90676
 def torch_generator(
     seed:int, # root of the experiment's randomness
     purpose:str, # what the numbers are for
     epoch:int=0, # pass over the data
     index:int=0, # sample
-)->"torch.Generator": # on the CPU
+)->object: # a `torch.Generator`, on the CPU
     "A torch generator of one key"
     import torch
     return torch.Generator().manual_seed(seed64(seed, purpose, epoch, index))

@@ -7,11 +7,10 @@ Docs: https://phoenix-mri.github.io/phoenix/plots.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'class_colour', 'style', 'PlotError', 'window', 'show_grid', 'mark_sides', 'to_png', 'picture']
 
-# %% ../nbs/03_plots.ipynb #4ab938eb
+# %% ../nbs/03_plots.ipynb #8b6c66d6
 import colorsys, hashlib, io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +19,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .settings import PhoenixError
-
-if TYPE_CHECKING: from IPython.display import Image as Shown
 
 # %% ../nbs/03_plots.ipynb #c87d771b
 COLOURS = {"glioma": "#d55e00", "meningioma": "#0072b2", "no_tumor": "#009e73", "pituitary": "#cc79a7",
@@ -133,11 +130,11 @@ def to_png(
         if small.tell() <= 1000*max_kb: return small.getvalue()
     raise PlotError(f"A figure must fit in {max_kb} kB, got {small.tell()/1000:.0f} kB at 50 dpi; show fewer images")
 
-# %% ../nbs/03_plots.ipynb #71518538
+# %% ../nbs/03_plots.ipynb #8dfbd2f3
 def picture(
     ax:Axes, # in a figure, which is closed
     max_kb:float=80, # largest size in kilobytes of 1000 bytes
-)->"Shown": # IPython's Image: shows itself as the value of a cell
+)->object: # an `IPython.display.Image`: shows itself as the value of a cell
     "The figure of `ax` as a picture of bounded size, for a notebook that is kept with its outputs"
     from IPython.display import Image as Shown
     plt.close(ax.figure)

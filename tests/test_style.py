@@ -21,6 +21,16 @@ def functions(cell):
     return [n for n in ast.walk(cell.tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
+IMPORTS = ast.Import, ast.ImportFrom
+
+
+def quoted(cell):
+    "Types that stand in quotes in the signatures of a cell"
+    for f in functions(cell):
+        for hint in [f.returns, *(a.annotation for a in [*f.args.args, *f.args.kwonlyargs, *f.args.posonlyargs])]:
+            yield from (n.value for n in [hint] if isinstance(n, ast.Constant) and isinstance(n.value, str))
+
+
 @each
 def test_layout(nb):
     title = nb.prose[0].splitlines()
@@ -64,6 +74,18 @@ def test_exported_cells_do_not_pile_up(nb):
         cell = next((k for k in nb.code if k.index == nb.cells.index(c)), None) if c.cell_type == "code" else None
         row = row + 1 if cell and cell.exported and not cell.imports_only else 0
         assert row <= 2, f"{nb.name}: three exported cells in a row before cell {nb.cells.index(c)}"
+
+
+@each
+def test_the_docs_can_be_built(nb):
+    "nbdev-proc-nbs executes exported cells and cells with imports in order, and nothing else"
+    known = set()
+    for c in nb.code:
+        known |= {d.name for d in c.definitions if c.exported}
+        if not c.exported and "nbdev_export()" not in c.source and any(isinstance(n, IMPORTS) for n in ast.walk(c.tree)):
+            assert c.imports_only, f"{nb.name} cell {c.index}: imports stand alone, in the hidden cell of the lesson"
+        for name in quoted(c) if c.exported else []:
+            assert name in known, f"{nb.name} cell {c.index}: the type {name!r} is not known yet where the docs need it"
 
 
 @each

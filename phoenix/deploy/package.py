@@ -8,12 +8,12 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.package.html.md"""
 __all__ = ['FILES', 'RUNTIMES', 'PackageError', 'verify_package', 'save_package', 'Package', 'load_package', 'add_runtime',
            'Answer', 'softmax']
 
-# %% ../../nbs/50_deploy.package.ipynb #68475654
+# %% ../../nbs/50_deploy.package.ipynb #9573228e
 import dataclasses, json, shutil, uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -28,8 +28,6 @@ from ..data.pixels import read_pixels
 from ..data.preprocess import Preprocess
 from ..records import read_json, sha256_bytes, sha256_file, write_bytes, write_json, write_text
 from ..settings import PhoenixError, did_you_mean
-
-if TYPE_CHECKING: import torch
 
 # %% ../../nbs/50_deploy.package.ipynb #dbd143b6
 class PackageError(PhoenixError):
@@ -147,7 +145,7 @@ def _write_card(folder):
 
 def _parity(folder): return read_json(folder/"parity.json") if (folder/"parity.json").is_file() else {}
 
-# %% ../../nbs/50_deploy.package.ipynb #e244cb55
+# %% ../../nbs/50_deploy.package.ipynb #986fce56
 def _model_json(model_name, model_args, weights, classes, preprocess, **stated):
     "The content of model.json"
     size = sum(v.size for v in weights.values())
@@ -172,7 +170,7 @@ def save_package(
     threshold:float, # probability below which it abstains
     synthetic:bool, # trained on made images
     published:bool, # trained on a published split without a certificate
-)->"Package": # loaded again from the folder, hence verified
+)->object: # a `Package`, loaded again from the folder, hence verified
     "Write a model folder, whole or not at all"
     folder = Path(folder)
     _check_classes(classes, metrics)
@@ -259,7 +257,7 @@ def load_package(
         raise PackageError("Preprocessing must be the code the model was trained with, but it has changed; train again")
     return dataclasses.replace(p, preprocess=preprocess)
 
-# %% ../../nbs/50_deploy.package.ipynb #b9aca129
+# %% ../../nbs/50_deploy.package.ipynb #5a169213
 @patch
 def weights(self:Package)->dict[str,np.ndarray]: # by name
     "The weights as arrays, their class order checked against model.json"
@@ -274,7 +272,7 @@ def weights(self:Package)->dict[str,np.ndarray]: # by name
 
 
 @patch
-def model(self:Package)->"torch.nn.Module": # in evaluation mode, on the CPU
+def model(self:Package)->object: # a `torch.nn.Module` in evaluation mode, on the CPU
     "The network itself, built by name and filled with the weights; this alone needs torch"
     import torch
     from phoenix.models.zoo import create_model
