@@ -8,8 +8,9 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 __all__ = ['app', 'data_app', 'split_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_audit', 'data_duplicates',
            'split_make', 'split_verify', 'train', 'evaluate', 'export', 'quantize', 'bench', 'predict', 'run', 'verify']
 
-# %% ../nbs/91_cli.ipynb #45f6f7f5
+# %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -56,12 +57,12 @@ def _terminal(f):
     return params + [inspect.Parameter("as_json", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False,
                                        annotation=flag)]
 
-# %% ../nbs/91_cli.ipynb #f99abaac
+# %% ../nbs/91_cli.ipynb #84515d76
 def command(
     app:typer.Typer, # the group the command joins
     name:str, # what is typed
     example:str, # a line that works, shown in the help
-)->"callable": # a decorator that returns the function unchanged
+)->Callable: # a decorator that returns the function unchanged
     "Make a function that returns a `Reply` a command of `app`"
     def decorate(f):
         @functools.wraps(f)

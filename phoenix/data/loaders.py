@@ -280,11 +280,11 @@ def class_weights(
         raise LoaderError(f'each class must have items to be weighed, got counts {counts.tolist()}: check the split')
     return torch.tensor(len(targets)/(n_classes*counts), dtype=torch.float32)
 
-# %% ../../nbs/19_data.loaders.ipynb #b55b99f2
+# %% ../../nbs/19_data.loaders.ipynb #6429a985
 class KeyedBatch(ItemTransform):
     "Bytes and sample numbers to pixels in [0, 1], augmented by key while training"
     order, _retain = -10, False
-    def __init__(self, loader:'KeyedDL'):
+    def __init__(self, loader:object):
         super().__init__()
         self.loader = loader
 
