@@ -21,7 +21,7 @@ install: $(STAMP)  ## build .venv with the exact versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"phoenix needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; say make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
 run: install   ## from raw images to a verified INT8 model: make run [DATA=folder] [SECONDS=s] [EPOCHS=n] [MODEL=name]

@@ -1,9 +1,13 @@
-"Make README.md from nbs/index.ipynb: markdown as it is, code in fences, text outputs as blocks; `--check` only compares."
+"README.md from nbs/index.ipynb: markdown as it is, code in fences, outputs as blocks; its figure from a kept run; `--check` compares."
+import json
 import re
 import sys
 from pathlib import Path
 
 from fastcore.nbio import read_nb
+
+from phoenix.data.duplicates import plot_leak
+from phoenix.evaluate.report import draw
 
 root = Path(__file__).resolve().parents[1]
 
@@ -23,7 +27,8 @@ def block(cell):
     if "#| hide" in cell.source or not source.strip():
         return ""
     out = "".join(text_of(o) for o in cell.get("outputs", [])).rstrip()
-    return f"```python\n{source.strip()}\n```" + (f"\n\n```text\n{out}\n```" if out else "")
+    shown = [] if "#| echo: false" in cell.source else [f"```python\n{source.strip()}\n```"]
+    return "\n\n".join(shown + ([f"```text\n{out}\n```"] if out else []))
 
 
 def readme():
@@ -33,8 +38,16 @@ def readme():
     return head + "\n\n".join(b for b in map(block, cells) if b) + "\n"
 
 
+def figure():
+    "The leak of the published split, from the kept run"
+    leak = json.loads((root / "nbs/results/leakage_sartaj.json").read_text())["metrics"]["leak"]
+    return draw(lambda ax: plot_leak(leak, ax=ax), "The leak", size=(6.4, 3.4)).image
+
+
 if __name__ == "__main__":
-    page = root / "README.md"
+    page, drawn = root / "README.md", root / "nbs/leak.svg"
     if "--check" in sys.argv:
-        sys.exit(0 if page.read_text() == readme() else "README.md and nbs/index.ipynb differ: run `make readme`")
+        same = page.read_text() == readme() and drawn.read_bytes() == figure()
+        sys.exit(0 if same else "README.md or nbs/leak.svg is not what nbs/index.ipynb and nbs/results say: run `make readme`")
     page.write_text(readme())
+    drawn.write_bytes(figure())
