@@ -468,20 +468,23 @@ def gap_section(
     return Section('Published against certified split', [word], [Table(pd.DataFrame(rows), 'Accuracy on both splits')],
                    [figure], numbers=dict(found, gap=gap))
 
-# %% ../../nbs/48_evaluate.report.ipynb #ef27f619
+# %% ../../nbs/48_evaluate.report.ipynb #65a47e38
 def control_section(
     probs:np.ndarray, # `(N,K)` of the model trained on shuffled labels
     targets:np.ndarray, # `(N,)` true class indices
     groups:Sequence|None, # `(N,)` patient or cluster of each row
+    *,
+    band:Interval|None = None, # of `shuffled_band`; None: of guessers as many as there are groups
 )->Section: # accuracy against the band of chance
     "Negative control: shuffled labels must end at chance"
     probs, targets = check_predictions(probs, targets)
     k, units = probs.shape[1], len(targets) if groups is None else len(set(np.asarray(groups).tolist()))
-    band = chance_band(units, k, shares=np.bincount(targets, minlength=k)/len(targets))
+    what = 'linear models trained on shuffles of the same labels' if band else f'{units} independent groups'
+    band = band or chance_band(units, k, shares=np.bincount(targets, minlength=k)/len(targets))
     accuracy = float((probs.argmax(1) == targets).mean())
     ok = accuracy in band
-    text = (f'Trained on shuffled labels, tested on true ones: accuracy {show(accuracy, "%")}. Chance for {units} '
-            f'independent groups reaches from {show(band.low, "%")} to {show(band.high, "%")} (99 %).')
+    text = (f'Trained on shuffled labels, tested on true ones: accuracy {show(accuracy, "%")}. Chance for {what} '
+            f'reaches from {show(band.low, "%")} to {show(band.high, "%")} (99 %).')
     bad = 'The negative control is outside the band of chance: something other than the label tells the pictures apart.'
     return Section('Negative control', [text], warnings=[] if ok else [bad],
                    numbers=dict(accuracy=accuracy, band=band, ok=ok))

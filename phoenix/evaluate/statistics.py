@@ -7,9 +7,9 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.statistics.html.md"""
 # %% auto #0
 __all__ = ['Interval', 'RowSums', 'stat_names', 'row_sums', 'resample_sums', 'percentile_interval', 'bootstrap', 'coverage',
            'Seeds', 'across_seeds', 'paired_difference', 'McNemar', 'mcnemar', 'difference_of_independent', 'wilson',
-           'chance_band', 'smallest_p', 'power_note', 'plot_intervals']
+           'chance_band', 'shuffled_band', 'smallest_p', 'power_note', 'plot_intervals']
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #40adca14
+# %% ../../nbs/41_evaluate.statistics.ipynb #016a5c64
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,9 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from .metrics import RATES, MetricError, auc, check_predictions, macro, rates
-from ..keys import rng
+from ..keys import permutation, rng
 from ..plots import style
 
 # %% ../../nbs/41_evaluate.statistics.ipynb #ebea3adf
@@ -345,6 +346,36 @@ def chance_band(
     low = stats.binom.ppf((1 - level)/2, n, shares.min())/n
     high = stats.binom.ppf((1 + level)/2, n, shares.max())/n
     return Interval(float(shares.max()), float(low), float(high), int(n), level)
+
+# %% ../../nbs/41_evaluate.statistics.ipynb #e95f233d
+def _thumbs(images, side=16):
+    "Block means of `(N,H,W)` pictures as rows of `side`² numbers"
+    for axis in (1, 2):
+        edges = np.linspace(0, images.shape[axis], min(side, images.shape[axis]) + 1).astype(int)
+        width = np.diff(edges).reshape([-1 if a == axis else 1 for a in range(3)])
+        images = np.add.reduceat(images, edges[:-1], axis)/width
+    return images.reshape(len(images), -1)
+
+def shuffled_band(
+    train:np.ndarray, # `(N,H,W)` training pictures
+    labels:np.ndarray, # `(N,)` their class indices
+    test:np.ndarray, # `(M,H,W)` test pictures
+    targets:np.ndarray, # `(M,)` their true class indices
+    *,
+    n:int = 200, # shuffles
+    seed:int = 42, # of the shuffles
+    level:float = .99, # share of learners inside
+)->Interval: # value is the mean
+    "Accuracies on true labels that a linear model of thumbnails reaches when its training labels are shuffled"
+    if n < 2/(1 - level): raise MetricError(f'a {level:g} band needs {2/(1 - level):.0f} shuffles, got {n}: ask for more')
+    x, z, labels = _thumbs(np.asarray(train, float)), _thumbs(np.asarray(test, float)), np.asarray(labels)
+    found = []
+    for i in range(n):
+        model = LinearDiscriminantAnalysis(solver='lsqr', shrinkage=.5)
+        model.fit(x, labels[permutation(len(labels), seed, 'shuffled_band', epoch=i)])
+        found.append((model.predict(z) == targets).mean())
+    low, high = np.quantile(found, [(1 - level)/2, (1 + level)/2], method='inverted_cdf')
+    return Interval(float(np.mean(found)), float(low), float(high), len(targets), level)
 
 # %% ../../nbs/41_evaluate.statistics.ipynb #9edc06e3
 def smallest_p(
