@@ -41,7 +41,7 @@ from ..settings import PhoenixError, did_you_mean
 class SplitError(PhoenixError):
     "A split that would leak, cannot be made or does not match its certificate"
 
-# %% ../../nbs/15_data.splits.ipynb #f1c76766
+# %% ../../nbs/15_data.splits.ipynb #5c275dbe
 def _chains(rows, key):
     "Confirmed pairs that join neighbouring rows with an equal key"
     rows = rows.assign(key=key).sort_values(["key", "path"])
@@ -49,30 +49,31 @@ def _chains(rows, key):
     return pd.DataFrame(dict(a=rows.path[same].to_numpy(), b=rows.path.shift(-1)[same].to_numpy(), confirmed=True))
 
 
-def _components(manifest, pairs, whole_folds):
-    "Path → number of its component over confirmed pairs, patients and, of rows without a patient, folds or series"
+def _components(manifest, pairs, also=""):
+    "Path → number of its component over confirmed pairs, patients and, where patients are unknown, 'fold' or 'series'"
     rows = manifest.readable
-    named, folded = rows[rows.patient != ""], rows[(rows.patient == "") & rows.fold.notna()]
+    named = rows[rows.patient != ""]
     joins = [pairs[["a", "b", "confirmed"]], _chains(named, named.source + "\0" + named.patient)]
-    serial = rows[rows.series.fillna("") != ""] if "series" in rows else rows[:0]
-    joins.append(_chains(folded, folded.fold.astype(str)) if whole_folds else _chains(serial, serial.get("series")))
+    if also in rows:
+        known = rows[(rows.patient == "") & rows[also].notna() & (rows[also].astype(str) != "")]
+        joins.append(_chains(known, known[also].astype(str)))
     return pd.Series(cluster(rows.path, pd.concat(joins, ignore_index=True)), name="group", dtype="int64")
 
-# %% ../../nbs/15_data.splits.ipynb #093d4c90
+# %% ../../nbs/15_data.splits.ipynb #64429669
 def group_rows(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`; only confirmed rows join
 )->pd.Series: # path → group number; files that could not be decoded are left out
     "Groups that must stay together: duplicates, patients, and the authors' folds where patients are unknown"
-    return _components(manifest, pairs, whole_folds=True)
+    return _components(manifest, pairs, "fold")
 
-# %% ../../nbs/15_data.splits.ipynb #e97bef07
+# %% ../../nbs/15_data.splits.ipynb #182e9c2a
 def unit_rows(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`; only confirmed rows join
 )->pd.Series: # path → unit number; files that could not be decoded are left out
     "What is resampled for an interval: copies, patients and series of slices, without joining whole folds"
-    return _components(manifest, pairs, whole_folds=False)
+    return _components(manifest, pairs, "series")
 
 # %% ../../nbs/15_data.splits.ipynb #84b61e5f
 def plot_components(
@@ -214,7 +215,7 @@ def split_published(
         side[train[permutation(len(train), seed, "published")[:round(valid*len(train))]]] = "valid"
     return pd.Series(side, index=pd.Index(rows.path, name=None), name="side")[pd.notna(side)]
 
-# %% ../../nbs/15_data.splits.ipynb #feeae07a
+# %% ../../nbs/15_data.splits.ipynb #dd8aa5fe
 _ORDER = {"train": 0, "valid": 1, "test": 2} # the later side keeps its rows
 
 
@@ -224,7 +225,7 @@ def drop_crossings(
     assignment:pd.Series, # path → side
 )->tuple[pd.Series,pd.DataFrame]: # the assignment without the crossing rows; those rows: path, side, twin, twin_side
     "Take rows out of train (then valid) whose group also stands on a later side"
-    group = _components(manifest, pairs, whole_folds=False).loc[assignment.index]
+    group = _components(manifest, pairs).loc[assignment.index]
     rank = assignment.map(lambda s: _ORDER.get(s, s))
     kept = rank == rank.groupby(group).transform("max")
     keeper = pd.Series(assignment.index, index=assignment.index)[kept].groupby(group[kept]).min()
@@ -278,7 +279,7 @@ class Certificate:
             raise SplitError(f"{Path(path).name} must be as it was made, but its sha256 does not fit; make it again")
         return cls(**data)
 
-# %% ../../nbs/15_data.splits.ipynb #8dd0c576
+# %% ../../nbs/15_data.splits.ipynb #e6c216cc
 def _across(key, side):
     "How many values of `key` stand on more than one side"
     return int((side.groupby(key.loc[side.index]).nunique() > 1).sum())
@@ -290,7 +291,7 @@ def prove(
     assignment:pd.Series, # path → side
 )->dict[str,int]: # counts; names that end in `_across` are what a safe split has zero of
     "Count everything that a split must not do"
-    group, one = _components(manifest, pairs, whole_folds=False), manifest.readable.set_index("path")
+    group, one = _components(manifest, pairs), manifest.readable.set_index("path")
     one, sure = one.loc[assignment.index], pairs[pairs.confirmed]
     named, folded = one[one.patient != ""], one[(one.patient == "") & one.fold.notna()]
     a, b = sure.a.map(assignment), sure.b.map(assignment)
@@ -359,7 +360,7 @@ def _refuse_crossings(proof, group, side):
     raise SplitError(f"No group, patient or author's fold may stand on two sides, got {bad}"
                      f"{', for example ' + shown if shown else ''}; split by group_rows, or apply drop_crossings first")
 
-# %% ../../nbs/15_data.splits.ipynb #8141328f
+# %% ../../nbs/15_data.splits.ipynb #96cc7862
 SEARCH = dict(hamming=5, correlation=.95, views="all") # the least that a duplicate search must do
 _PACKAGES = ("numpy", "pillow", "scipy", "imagehash")
 
@@ -396,7 +397,7 @@ def certify(
     if made is not None and not side.eq(made.astype(str).reindex(side.index)).all():
         raise SplitError(f"The assignment must be what rule {rule!r} gives with its parameters, got another one; "
                          "pass the parameters that made it, or name a rule of your own")
-    proof, group = prove(manifest, pairs, side), _components(manifest, pairs, whole_folds=False)
+    proof, group = prove(manifest, pairs, side), _components(manifest, pairs)
     if rule != "published": _refuse_crossings(proof, group, side)
     return _certificate(manifest, pairs, side, rule, parameters, group, proof)
 

@@ -347,7 +347,7 @@ def chance_band(
     high = stats.binom.ppf((1 + level)/2, n, shares.max())/n
     return Interval(float(shares.max()), float(low), float(high), int(n), level)
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #e95f233d
+# %% ../../nbs/41_evaluate.statistics.ipynb #603ca008
 def _thumbs(images, side=16):
     "Block means of `(N,H,W)` pictures as rows of `side`² numbers"
     for axis in (1, 2):
@@ -367,7 +367,8 @@ def shuffled_band(
     level:float = .99, # share of learners inside
 )->Interval: # value is the mean
     "Accuracies on true labels that a linear model of thumbnails reaches when its training labels are shuffled"
-    if n < 2/(1 - level): raise MetricError(f'a {level:g} band needs {2/(1 - level):.0f} shuffles, got {n}: ask for more')
+    least = round(2/(1 - level))
+    if n < least: raise MetricError(f'a {level:g} band needs {least} shuffles, got {n}: ask for more')
     x, z, labels = _thumbs(np.asarray(train, float)), _thumbs(np.asarray(test, float)), np.asarray(labels)
     found = []
     for i in range(n):
