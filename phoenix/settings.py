@@ -58,7 +58,7 @@ def _sentence(error, fields):
     rule = error["msg"].removeprefix("Input should ")
     return f"Setting {name!r} must {rule}, got {error['input']!r}; correct it"
 
-# %% ../nbs/00_settings.ipynb #5911dfb1
+# %% ../nbs/00_settings.ipynb #4550d953
 class Settings(_Checked):
     "Every choice a user may make, validated and frozen"
     seed:int = Field(42, ge=0, lt=2**63) # root of all randomness
@@ -81,7 +81,7 @@ class Settings(_Checked):
     folds:int = Field(5, ge=2, le=50) # folds of cross-validation
     threshold:float = Field(.8, ge=0, le=1) # probability below which a prediction abstains
     bootstraps:int = Field(2000, ge=100) # resamples of an interval
-    calibration_images:int = Field(128, ge=100, le=1000) # training images that calibrate INT8
+    calibration_images:int = Field(256, ge=100, le=1000) # training images that calibrate INT8
     max_megapixels:float = Field(64., gt=0, le=1000) # largest picture that is decoded, 10^6 pixels
     runs_dir:Path = Path("runs") # where run folders are made
     cache_dir:Path = Path("data/cache") # where preprocessed images are kept
