@@ -124,7 +124,8 @@ def gone(pid, seconds):
 def start_sleeper(folder):
     "A runner in a fresh process whose notebook sleeps in cell 2, and the process of its kernel"
     nb, mark = notebook(folder, "1", SLEEP, "2"), folder/"mark"
-    runner = subprocess.Popen([sys.executable, "-c", RUNNER, nb, folder/"runs"], env={**os.environ, "MARK": str(mark)},
+    runner = subprocess.Popen(  # a suite started in the background of a shell passes an ignored SIGINT on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), args=[sys.executable, "-c", RUNNER, nb, folder/"runs"], env={**os.environ, "MARK": str(mark)},
                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     for _ in range(600):
         if mark.exists() and mark.read_text(): return runner, int(mark.read_text())
