@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy import stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from threadpoolctl import threadpool_limits
 
 from .metrics import RATES, MetricError, auc, check_predictions, macro, rates
 from ..keys import permutation, rng
@@ -371,10 +372,11 @@ def shuffled_band(
     if n < least: raise MetricError(f'a {level:g} band needs {least} shuffles, got {n}: ask for more')
     x, z, labels = _thumbs(np.asarray(train, float)), _thumbs(np.asarray(test, float)), np.asarray(labels)
     found = []
-    for i in range(n):
-        model = LinearDiscriminantAnalysis(solver='lsqr', shrinkage=.5)
-        model.fit(x, labels[permutation(len(labels), seed, 'shuffled_band', epoch=i)])
-        found.append((model.predict(z) == targets).mean())
+    with threadpool_limits(1, 'blas'):
+        for i in range(n):
+            model = LinearDiscriminantAnalysis(solver='lsqr', shrinkage=.5)
+            model.fit(x, labels[permutation(len(labels), seed, 'shuffled_band', epoch=i)])
+            found.append((model.predict(z) == targets).mean())
     low, high = np.quantile(found, [(1 - level)/2, (1 + level)/2], method='inverted_cdf')
     return Interval(float(np.mean(found)), float(low), float(high), len(targets), level)
 
