@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from phoenix.data.acquire import build_manifest
-from phoenix.data.duplicates import (VIEWS, DuplicateError, byte_copies, cluster, find_pairs, hamming_search,
-                                     label_conflicts, leak_counts, phash, signatures, thumbnail, turn, view_hashes, _candidates)
+from phoenix.data.duplicates import DuplicateError, byte_copies, cluster, find_pairs, label_conflicts, leak_counts, signatures, _candidates
+from phoenix.data.hashes import VIEWS, hamming_search, phash, thumbnail, turn, view_hashes
 from phoenix.data.phantom import Faults, make_phantom
 from phoenix.data.pixels import read_pixels
 
