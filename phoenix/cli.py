@@ -160,6 +160,7 @@ def data_audit(
 @command(data_app, "duplicates", "phoenix data duplicates data/raw/phantom --output pairs.csv")
 def data_duplicates(
     folder:Path, # raw folder
+    depth:str="fast", # 'fast': hash and correlation; 'thorough': also crops, borders and small turns, some ten times slower
     hamming:int=5, # largest perceptual-hash distance of a candidate pair, bits
     output:Path|None=None, # also write all pairs as CSV to this file
 )->Reply: # pairs by kind, and what leaks from Testing into Training
@@ -168,7 +169,7 @@ def data_duplicates(
     from phoenix.data.duplicates import find_pairs, leak_counts
     from phoenix.records import write_text
     manifest = build_manifest(folder)
-    pairs = find_pairs(manifest, hamming=hamming)
+    pairs = find_pairs(manifest, depth=depth, hamming=hamming)
     if output: write_text(output, pairs.to_csv(index=False))
     kinds = pairs.groupby(["kind", "confirmed"]).size().rename("pairs").reset_index().to_dict("records")
     leak = leak_counts(manifest, pairs)

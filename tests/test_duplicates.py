@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from phoenix.data.acquire import build_manifest
-from phoenix.data.duplicates import DuplicateError, byte_copies, cluster, find_pairs, label_conflicts, leak_counts, signatures, _candidates
+from phoenix.data.duplicates import DuplicateError, bonds, by_hash, byte_copies, cluster, find_pairs, label_conflicts, leak_counts, plot_doubtful, signatures, _candidates
 from phoenix.data.hashes import VIEWS, hamming_search, phash, thumbnail, turn, view_hashes
-from phoenix.data.phantom import Faults, make_phantom
+from phoenix.data.phantom import Faults, make_phantom, phantom_slice
 from phoenix.data.pixels import read_pixels
+from phoenix.data.splits import SplitError, certify, verify_certificate
 
 
 def save(folder, name, grey, **options):
@@ -168,6 +169,110 @@ def test_global_random_state_is_untouched(planted):
     assert before == (random.getstate(), np.random.get_state()[1].tobytes())
 
 
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    "Six heads in two splits; the first also cropped, framed, turned by 5° and cropped while mirrored, in the other split"
+    root = tmp_path_factory.mktemp("spoilt")
+    heads = [phantom_slice("glioma", p, 2, size=256).image for p in range(6)]
+    for k, head in enumerate(heads): save(root, f"Training/glioma/head{k}.png", head)
+    one = heads[0]
+    save(root, "Testing/glioma/crop.png", one[20:250, 26:256])
+    save(root, "Testing/glioma/framed.png", np.pad(one, ((30, 0), (0, 44)), constant_values=255))
+    save(root, "Testing/glioma/mirrored.png", np.ascontiguousarray(one[:230, 13:243][:, ::-1]))
+    save(root, "Testing/glioma/turned.png", np.asarray(Image.fromarray(one).rotate(5, Image.Resampling.BICUBIC)))
+    manifest = build_manifest(root, progress=False)
+    return manifest, find_pairs(manifest, progress=False), find_pairs(manifest, depth="thorough", progress=False)
+
+
+def partner(pairs, name):
+    "The row of head0 with a spoilt copy, and whether head0 stands first"
+    row = pairs[pairs.a.str.endswith(f"{name}.png") & pairs.b.str.endswith("head0.png")]
+    assert len(row) == 1
+    return row.iloc[0]
+
+
+def test_a_thorough_search_finds_what_no_hash_finds(spoilt):
+    manifest, quick, deep = spoilt
+    for name in ("crop", "framed", "mirrored", "turned"):
+        row = partner(deep, name)
+        assert row.confirmed and row.detail >= .94 and .5 < row.overlap <= 1
+    assert not any(quick.confirmed & quick.b.str.endswith("head0.png") & quick.a.str.contains("crop|framed|mirrored"))
+    sure = deep[deep.confirmed]
+    assert not (sure.a.str.contains("head[1-5]") | sure.b.str.contains("head[1-5]")).any()
+    assert set(deep[deep.kind == "registered"].reason) == {"registration"}
+
+
+def test_the_map_of_a_pair_says_what_was_done(spoilt):
+    deep = spoilt[2]
+    crop, framed, mirrored, turned = (partner(deep, n) for n in ("crop", "framed", "mirrored", "turned"))
+    assert abs(crop.scale - 256/230) < .02 and abs(crop.angle) < .5 and crop.view == "upright"
+    assert abs(framed.scale - 256/np.sqrt(286*300)) < .02
+    assert mirrored.view == "mirror" and abs(mirrored.scale - 256/230) < .02
+    assert abs(turned.angle - 5) < .5 and abs(turned.scale - 1) < .02
+    centre = (20 + 115 - 128)/256*100*256/230 # the middle of the window lies below the middle of the head
+    assert abs(crop.shift_y + centre) < 1
+
+
+def test_leak_counts_apart_what_registration_adds(spoilt, planted):
+    manifest, quick, deep = spoilt
+    narrow, wide = leak_counts(manifest, quick), leak_counts(manifest, deep)
+    assert {k: wide[k] for k in narrow if k != "by_class"} == {k: v for k, v in narrow.items() if k != "by_class"}
+    assert narrow["confirmed"] + wide["registered"] == 4 and wide["neighbour"] == 0 and "registered" not in narrow
+    manifest, _, quick = planted
+    deep = find_pairs(manifest, depth="thorough", progress=False)
+    same = leak_counts(manifest, deep)
+    assert all(same[k] == v for k, v in leak_counts(manifest, quick).items() if k != "by_class")
+    pair = lambda t: set(zip(t.a, t.b))
+    assert pair(quick[quick.confirmed]) <= pair(bonds(deep)[bonds(deep).confirmed])
+    assert pair(deep[by_hash(deep)]) == pair(quick[quick.confirmed])
+    assert not (deep.confirmed & (deep.kind == "neighbour")).any()
+
+
+def test_a_thorough_search_does_not_depend_on_order(spoilt):
+    manifest, _, deep = spoilt
+    shuffled = type(manifest)(manifest.root, manifest.table.sample(frac=1, random_state=3), manifest.source)
+    pd.testing.assert_frame_equal(deep, find_pairs(shuffled, depth="thorough", progress=False))
+    upright = find_pairs(manifest, depth="thorough", views="upright", progress=False)
+    assert set(upright.view) == {"upright"} and not upright.a.str.contains("mirrored").any()
+
+
+@pytest.mark.parametrize("depth", ["fast", "thorough"])
+def test_pictures_without_a_head_join_nothing(tmp_path, depth):
+    rng = np.random.Generator(np.random.Philox(8))
+    wide = (np.arange(300)[None]*np.ones((5, 1))).astype(np.uint8)
+    odd = dict(black=np.zeros((64, 64), np.uint8), black2=np.zeros((65, 64), np.uint8), grey=np.full((40, 70), 128, np.uint8), wide=wide,
+               tiny=rng.integers(0, 255, (8, 8)).astype(np.uint8), tiny2=rng.integers(0, 255, (8, 8)).astype(np.uint8),
+               one=np.full((1, 1), 7, np.uint8), deep=rng.integers(0, 65535, (90, 50)).astype(np.uint16),
+               deep2=np.full((90, 50), 40000, np.uint16))
+    for name, grey in odd.items(): save(tmp_path, f"glioma/{name}.png", grey)
+    manifest = build_manifest(tmp_path, progress=False)
+    pairs = find_pairs(manifest, depth=depth, progress=False)
+    assert not bonds(pairs).confirmed.any()
+
+
+def test_a_certificate_of_a_thorough_search_is_searched_thoroughly_again(spoilt):
+    manifest, quick, deep = spoilt
+    root, paths = manifest.root, pd.Series(manifest.table.path.to_numpy(), index=manifest.table.path)
+    side = paths.map(lambda p: "test" if "head5" in p else "train")
+    cert = certify(manifest, deep, side, "by hand")
+    done = verify_certificate(cert, root)
+    assert done.ok and done.counts["registered_across"] == 0, done.reasons
+    leak = side.where(~side.index.str.contains("crop"), "test")
+    with pytest.raises(SplitError, match="two sides"): certify(manifest, deep, leak, "by hand")
+    blind = verify_certificate(certify(manifest, quick, leak, "by hand", dict(depth="thorough")), root)
+    assert not blind.ok and any(r.startswith("registered pictures stand on two sides") and "crop" in r for r in blind.reasons)
+    open_one = certify(manifest, deep, leak, "published")
+    assert open_one.proof["registered_across"] >= 1 and verify_certificate(open_one, root).ok
+
+
+def test_the_doubtful_are_those_nearest_to_the_threshold(spoilt):
+    manifest, quick, deep = spoilt
+    axes = plot_doubtful(manifest, deep, 1)
+    nearest = deep.loc[(deep.detail - .94).abs().idxmin()]
+    assert f"{nearest.detail:.3f}" in axes.child_axes[1].get_title()
+    with pytest.raises(DuplicateError, match="thorough"): plot_doubtful(manifest, quick)
+
+
 @pytest.mark.data
 def test_the_counts_of_sartaj(real_data):
     manifest = build_manifest(real_data / "sartajbhuvaji", progress=False)
@@ -183,3 +288,11 @@ def test_the_counts_of_sartaj(real_data):
     assert len(label_conflicts(manifest, pairs)) == 8
     upright = leak_counts(manifest, find_pairs(manifest, views="upright", hamming=4, progress=False))
     assert (upright["near"], upright["confirmed"]) == (262, 260)
+
+
+@pytest.mark.data
+def test_a_thorough_search_of_sartaj_keeps_the_counts(real_data):
+    manifest = build_manifest(real_data / "sartajbhuvaji", progress=False)
+    leak = leak_counts(manifest, find_pairs(manifest, depth="thorough", progress=False))
+    assert [leak[k] for k in ("bytes", "pixels", "near", "confirmed")] == [88, 251, 262, 260]
+    assert leak["registered"] > 0

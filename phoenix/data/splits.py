@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 
 import phoenix
 from .acquire import Manifest, build_manifest
-from .duplicates import cluster
+from .duplicates import bonds, by_hash, cluster, find_pairs
 from .pixels import read_pixels, to_uint8
 from ..keys import permutation
 from ..plots import class_colour, style
@@ -53,7 +53,7 @@ def _components(manifest, pairs, also=""):
     "Path → number of its component over confirmed pairs, patients and, where patients are unknown, 'fold' or 'series'"
     rows = manifest.readable
     named = rows[rows.patient != ""]
-    joins = [pairs[["a", "b", "confirmed"]], _chains(named, named.source + "\0" + named.patient)]
+    joins = [bonds(pairs)[["a", "b", "confirmed"]], _chains(named, named.source + "\0" + named.patient)]
     if also in rows:
         known = rows[(rows.patient == "") & rows[also].notna() & (rows[also].astype(str) != "")]
         joins.append(_chains(known, known[also].astype(str)))
@@ -247,7 +247,7 @@ class Certificate:
     assignment:dict[str,str] # path → side
     left_out:dict[str,str] # path → why it is on no side
     groups:dict[str,int] # path → component over confirmed duplicates and patients
-    edges:list[list] # confirmed pairs: a, b, kind, distance, view, score
+    edges:list[list] # confirmed pairs, and neighbouring slices that a thorough search finds: a, b, kind, distance, view, score
     counts:dict[str,dict[str,int]] # side → class → files
     proof:dict[str,int] # what was counted; names that end in `_across` are what must be zero
     versions:dict[str,str] # of the packages that decide hashes
@@ -285,6 +285,12 @@ def _across(key, side):
     return int((side.groupby(key.loc[side.index]).nunique() > 1).sum())
 
 
+def _joined_across(pairs, assignment):
+    "How many pairs stand on two sides"
+    a, b = pairs.a.map(assignment), pairs.b.map(assignment)
+    return int(((a != b) & a.notna() & b.notna()).sum())
+
+
 def prove(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
@@ -292,12 +298,15 @@ def prove(
 )->dict[str,int]: # counts; names that end in `_across` are what a safe split has zero of
     "Count everything that a split must not do"
     group, one = _components(manifest, pairs), manifest.readable.set_index("path")
-    one, sure = one.loc[assignment.index], pairs[pairs.confirmed]
+    one, sure = one.loc[assignment.index], bonds(pairs)[bonds(pairs).confirmed]
+    wide = sure[~by_hash(sure)]
+    sure = sure[by_hash(sure)]
     named, folded = one[one.patient != ""], one[(one.patient == "") & one.fold.notna()]
     a, b = sure.a.map(assignment), sure.b.map(assignment)
     crossing, patient = sure[(a != b) & a.notna() & b.notna()], named.source + "\0" + named.patient
     sizes = group.loc[assignment.index].value_counts()
-    return dict(
+    more = dict(registered_across=_joined_across(wide, assignment)) if len(wide) else {}
+    return more | dict(
         files=len(assignment), left_out=len(manifest.table) - len(assignment), groups=len(sizes),
         largest_group=int(sizes.max()), groups_across=_across(group, assignment), edges=len(sure),
         edges_across=len(crossing), files_with_twin_across=len(set(crossing.a) | set(crossing.b)),
@@ -367,7 +376,7 @@ _PACKAGES = ("numpy", "pillow", "scipy", "imagehash")
 
 def _certificate(manifest, pairs, side, rule, parameters, group, proof):
     "The certificate of an assignment that was found safe, or is published"
-    rows, sure = manifest.table.sort_values("path"), pairs[pairs.confirmed]
+    rows, sure = manifest.table.sort_values("path"), bonds(pairs)[bonds(pairs).confirmed]
     counts = pd.crosstab(side, rows.set_index("path").label[side.index])
     return Certificate(
         manifest_sha256=manifest.sha256, source=manifest.source,
@@ -583,6 +592,22 @@ def _check_rule(cert, manifest):
         if len(other): yield f"{len(other)} files are not where rule {cert.rule!r} puts them, first {other[0]}"
 
 # %% ../../nbs/15_data.splits.ipynb #7449ffb5
+def _check_registered(cert, manifest, counts, workers):
+    "Pairs across sides that registration alone finds, searched again from the bytes"
+    search = {k: cert.parameters[k] for k in ("hamming", "correlation", "views")}
+    again = bonds(find_pairs(manifest, depth="thorough", workers=workers, progress=False, **search))
+    wide = again[again.confirmed & ~by_hash(again)]
+    across = wide[wide.a.map(cert.assignment).ne(wide.b.map(cert.assignment)) & wide.a.isin(cert.assignment)
+                  & wide.b.isin(cert.assignment)]
+    counts["registered_across"] = len(across)
+    if cert.kind == "published":
+        if len(across) != cert.proof.get("registered_across", 0):
+            yield f"the certificate counts {cert.proof.get('registered_across', 0)} registered across, the pictures show {len(across)}"
+        return
+    for r in across.head(20).itertuples():
+        yield f"{r.kind} pictures stand on two sides: {r.a} ({cert.assignment[r.a]}) and {r.b} ({cert.assignment[r.b]})"
+
+
 def _check_pictures(cert, manifest, counts, workers):
     "Look-alikes across sides"
     search = dict(hamming=max(SEARCH["hamming"], cert.parameters["hamming"]),
@@ -615,5 +640,7 @@ def verify_certificate(
         if not reasons:
             reasons = [r for check in (_check_groups, _check_rule) for r in check(cert, manifest)]
             reasons += _check_pictures(cert, manifest, counts, workers)
+            if cert.parameters.get("depth") == "thorough":
+                reasons += _check_registered(cert, manifest, counts, workers)
     except PhoenixError as e: return Verification(False, [str(e)], counts)
     return Verification(not reasons, reasons, counts)
