@@ -168,7 +168,7 @@ def _judge(marks, both):
     both.loc[~new, "distance"] = both.loc[~new, "hashed"]
     both["upright"] = np.bitwise_count(marks.hashes[i, 0] ^ marks.hashes[j, 0]).astype(np.int64)
     both["score"] = _score(marks, both)
-    hashed = both.confirmed.fillna(False).to_numpy(bool)
+    hashed = both.confirmed.eq(True).to_numpy()
     copy, measured = (both.says == "copy").to_numpy(), (both.detail > 0).to_numpy()
     other = ~hashed & (both.says == "neighbour").to_numpy()
     both["kind"] = np.select([hashed & ~copy & measured | other, ~hashed & copy], ["neighbour", "registered"], "near")

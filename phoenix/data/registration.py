@@ -492,7 +492,7 @@ def _try_all(frames, i, j, fixed, tries):
     for r in tries.itertuples():
         moving = levels(turn(frames.contents[i], VIEWS[r.view]))
         start = _box_map(_turn_box(frames.boxes[i, r.frame], r.view), frames.boxes[j, r.frame])
-        for trust in ("start", "nothing") if r.frame == 0 else ("nothing",):
+        for trust in ("start", "nothing"):
             found = register(moving, fixed, start, trust=trust)
             if found and (best is None or found.agreement.detail > best[1].agreement.detail): best = r.view, found
             if best and best[1].agreement.detail >= COPY: return best
