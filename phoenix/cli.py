@@ -160,7 +160,7 @@ def data_audit(
 @command(data_app, "duplicates", "phoenix data duplicates data/raw/phantom --output pairs.csv")
 def data_duplicates(
     folder:Path, # raw folder
-    depth:str="fast", # 'fast': hash and correlation; 'thorough': also crops, borders and small turns, some ten times slower
+    depth:str="fast", # 'fast', or 'thorough': also crops, borders and small turns, some ten times slower
     hamming:int=5, # largest perceptual-hash distance of a candidate pair, bits
     output:Path|None=None, # also write all pairs as CSV to this file
 )->Reply: # pairs by kind, and what leaks from Testing into Training

@@ -173,7 +173,8 @@ def _judge(marks, both):
     other = ~hashed & (both.says == "neighbour").to_numpy()
     both["kind"] = np.select([hashed & ~copy & measured | other, ~hashed & copy], ["neighbour", "registered"], "near")
     choices = [hashed & ~copy & measured, hashed, copy, other]
-    both["reason"] = np.select(choices, [_OTHER, "hash and correlation", "registration", "registration, other detail"], "hash alone")
+    reasons = [_OTHER, "hash and correlation", "registration", "registration, other detail"]
+    both["reason"] = np.select(choices, reasons, "hash alone")
     both["confirmed"] = both.kind.isin(["near", "registered"]) & (hashed | copy)
     return both
 
@@ -246,8 +247,8 @@ def find_pairs(
     if depth == "thorough": best = _judge(marks, _registered(marks, best.assign(hashed=best.distance), views))
     else: best = best.assign(kind="near", reason=np.where(best.confirmed, "hash and correlation", "hash alone"))
     pairs = pd.DataFrame(list(_expand(marks, best, files)), columns=COLUMNS)
-    types = dict(distance="int64", score="float64", confirmed="bool", upright="int64") | dict.fromkeys(_MEASURED, "float64")
-    pairs = pairs.astype(types).sort_values(["a", "b"]).reset_index(drop=True)
+    types = dict(distance="int64", score="float64", confirmed="bool", upright="int64")
+    pairs = pairs.astype(types | dict.fromkeys(_MEASURED, "float64")).sort_values(["a", "b"]).reset_index(drop=True)
     pairs.attrs["search"] = dict(hamming=hamming, correlation=correlation, views=views)
     if depth == "thorough": pairs.attrs["search"]["depth"] = depth
     return pairs
@@ -303,7 +304,7 @@ def leak_counts(
     pairs:pd.DataFrame, # from `find_pairs`
     *,
     hamming:int=4, # largest distance that counts, bits
-)->dict: # testing, training, bytes, pixels, near, confirmed (thorough: registered, neighbour); by_class without training
+)->dict: # testing, training, bytes, pixels, near, confirmed, thorough ones more; by_class has the same without training
     "How many Testing files have a twin in Training, by kind and class"
     table = manifest.table
     rules = dict(bytes=pairs.kind == "bytes", pixels=pairs.kind.isin(["bytes", "pixels"]),
@@ -311,7 +312,8 @@ def leak_counts(
     hits = {k: _twinned(manifest, pairs[rule]) for k, rule in rules.items()}
     if pairs.attrs.get("search", {}).get("depth") == "thorough":
         hits["registered"] = _twinned(manifest, pairs[pairs.kind == "registered"]) & ~hits["confirmed"]
-        hits["neighbour"] = _twinned(manifest, pairs[pairs.kind == "neighbour"]) & ~hits["confirmed"] & ~hits["registered"]
+        copied = hits["confirmed"] | hits["registered"]
+        hits["neighbour"] = _twinned(manifest, pairs[pairs.kind == "neighbour"]) & ~copied
     test = ((table.split == "Testing") & (table.problem == "")).to_numpy()
     count = lambda rows: dict(testing=int((test & rows).sum()), **{k: int((h & rows).sum()) for k, h in hits.items()})
     total = count(np.ones(len(table), dtype=bool))
@@ -375,8 +377,10 @@ def plot_doubtful(
 )->Axes: # the grid
     "The pairs whose detail is nearest to the threshold of a copy, `a` turned to its view on the left, `b` on the right"
     known = pairs[pairs.detail.gt(0)]
-    if not len(known): raise DuplicateError("There must be a registered pair to show, got none; search at depth 'thorough'")
-    chosen = known.loc[(known.detail - COPY).abs().sort_values(kind="stable").index[:n]].sort_values("detail", kind="stable")
+    if not len(known):
+        raise DuplicateError("There must be a registered pair to show, got none; search at depth 'thorough'")
+    closest = (known.detail - COPY).abs().sort_values(kind="stable").index[:n]
+    chosen = known.loc[closest].sort_values("detail", kind="stable")
     images, titles = [], []
     for r in chosen.itertuples():
         one, two = (thumbnail(read_pixels(manifest.root/p).grey, 128) for p in (r.a, r.b))

@@ -148,7 +148,7 @@ def _first_fit(moving, basis, a):
 
 
 def _refine(moving, basis, a, steps, fit=None):
-    "Steps at one resolution until they are below a quarter of a pixel; without a fit the first three take all pixels alike"
+    "Steps at one resolution, down to a quarter of a pixel; without a fit the first three take all pixels alike"
     plain = 0 if fit else 3
     for k in range(steps):
         done = _step(moving, basis, a, fit if k >= plain else None)
@@ -271,7 +271,8 @@ def register(
     rough = agreement(moving[64], fixed.images[64], a)
     if rough.trimmed < WORTH.trimmed or rough.detail < WORTH.detail: return Registration(a, rough)
     fine, _ = _refine(moving[128], fixed.bases[128], a, 3, fit)
-    return Registration(a, rough) if fine is None else Registration(fine, agreement(moving[128], fixed.images[128], fine))
+    if fine is None: return Registration(a, rough)
+    return Registration(fine, agreement(moving[128], fixed.images[128], fine))
 
 # %% ../../nbs/13b_data.registration.ipynb #25363f06
 def plot_registration(
@@ -365,8 +366,8 @@ def _window(content, at, keep=.9):
     "A part of the content `(32,32)`: nine tenths of its sides, at a corner or the centre"
     (y, x), step = ((1 - keep)*len(content)*np.array(at)), keep*len(content)/_SMALL
     move = np.array([[step, 0, x + (step - 1)/2], [0, step, y + (step - 1)/2]])
-    return cv2.warpAffine(cv2.blur(content, (3, 3)), move, (_SMALL, _SMALL), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                          borderMode=cv2.BORDER_REPLICATE)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(cv2.blur(content, (3, 3)), move, (_SMALL,)*2, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _bent(small, angle):
@@ -376,7 +377,7 @@ def _bent(small, angle):
 
 
 def _guesses(file, content, head):
-    "For each frame, the picture in it and what it might have become: turned by 5° either way, or cropped to nine tenths"
+    "For each frame, the picture and what it might have become: turned by 5° either way, or cropped to nine tenths"
     top, bottom, left, right = head
     file, middle, head = (cv2.resize(x, (_SMALL,)*2, interpolation=cv2.INTER_AREA)
                           for x in (file, content, content[top:bottom, left:right]))
@@ -467,8 +468,9 @@ def nearest(
         chunks = [_views(codes, p.i.to_numpy(), p.j.to_numpy()) for _, p in table.groupby(table.index//1024)]
         parts.append(table.assign(view=np.concatenate(chunks) if chunks else np.zeros(0, np.int64)))
     columns = ["i", "j", "frame", "view", "like"]
-    found = pd.concat(parts) if parts else pd.DataFrame({c: np.zeros(0, float if c == "like" else int) for c in columns})
-    return found[columns].sort_values(["i", "j", "like", "frame"], ascending=[True, True, False, True], ignore_index=True)
+    none = pd.DataFrame({c: np.zeros(0, float if c == "like" else int) for c in columns})
+    found, likest = pd.concat(parts) if parts else none, [True, True, False, True]
+    return found[columns].sort_values(["i", "j", "like", "frame"], ascending=likest, ignore_index=True)
 
 # %% ../../nbs/13b_data.registration.ipynb #6ed35843
 def _turn_box(box, view):
@@ -485,7 +487,7 @@ def _box_map(one, two):
     sx, sy = (r1 - l1)/(r2 - l2), (b1 - t1)/(b2 - t2)
     return np.array([[sx, 0, l1 - sx*l2], [0, sy, t1 - sy*t2]])
 
-
+# %% ../../nbs/13b_data.registration.ipynb #b6f475c3
 def _try_all(frames, i, j, fixed, tries):
     "The best registration of a pair: (view, registration), or None"
     best = None
@@ -526,7 +528,8 @@ def plot_detail(
         ax = ax or plt.subplots(figsize=(6.4, 2.6))[1]
         for (name, v), colour in zip(values.items(), ("#0072b2", "#d55e00", "0.5", "#009e73")):
             v, edges = np.clip(v, 0, 1), np.linspace(0, 1, 51)
-            ax.hist(v, edges, weights=np.full(len(v), 100/max(len(v), 1)), alpha=.6, color=colour, label=f"{name} ({len(v)})")
+            percent, label = np.full(len(v), 100/max(len(v), 1)), f"{name} ({len(v)})"
+            ax.hist(v, edges, weights=percent, alpha=.6, color=colour, label=label)
         for at, name in ((COPY, "copy"), (NEIGHBOUR, "neighbour")):
             ax.axvline(at, color="k", lw=.8, ls=":")
             ax.text(at, ax.get_ylim()[1], f"{name} from {at} ", fontsize=7, ha="right", va="top", rotation=90)

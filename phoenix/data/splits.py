@@ -247,7 +247,7 @@ class Certificate:
     assignment:dict[str,str] # path → side
     left_out:dict[str,str] # path → why it is on no side
     groups:dict[str,int] # path → component over confirmed duplicates and patients
-    edges:list[list] # confirmed pairs, and neighbouring slices that a thorough search finds: a, b, kind, distance, view, score
+    edges:list[list] # confirmed pairs, and neighbours of a thorough search: a, b, kind, distance, view, score
     counts:dict[str,dict[str,int]] # side → class → files
     proof:dict[str,int] # what was counted; names that end in `_across` are what must be zero
     versions:dict[str,str] # of the packages that decide hashes
@@ -601,8 +601,9 @@ def _check_registered(cert, manifest, counts, workers):
                   & wide.b.isin(cert.assignment)]
     counts["registered_across"] = len(across)
     if cert.kind == "published":
-        if len(across) != cert.proof.get("registered_across", 0):
-            yield f"the certificate counts {cert.proof.get('registered_across', 0)} registered across, the pictures show {len(across)}"
+        said = cert.proof.get("registered_across", 0)
+        if len(across) != said:
+            yield f"the certificate counts {said} registered across, the pictures show {len(across)}"
         return
     for r in across.head(20).itertuples():
         yield f"{r.kind} pictures stand on two sides: {r.a} ({cert.assignment[r.a]}) and {r.b} ({cert.assignment[r.b]})"
