@@ -18,7 +18,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +88,14 @@ def read_dataset(
     pydicom, cap = _pydicom(), int(max_megabytes * 1e6)
     if not isinstance(source, (bytes, bytearray)):
         path = Path(source)
-        if not path.is_file(): raise DicomError("a DICOM file must be a regular file, this is none: check the path", "missing")
+        if not path.is_file(): raise DicomError("a DICOM file must be a regular file, this is none: check the path",
+                                                "missing")
         if path.stat().st_size > cap:
             raise DicomError(f"a file may have {cap} bytes, this one has more: raise max_megabytes", "too_large")
         try: source = path.read_bytes()
         except OSError as e:
-            raise DicomError(f"a DICOM file must be readable, got {e.strerror}: check its permissions", "missing") from e
+            raise DicomError(f"a DICOM file must be readable, got {e.strerror}: check its permissions",
+                             "missing") from e
     if source[128:132] != b"DICM":
         raise DicomError("a DICOM file must have DICM at byte 128, this one has not: give a DICOM file", "not_dicom")
     _bounded(source, cap)
@@ -103,7 +105,8 @@ def read_dataset(
             ds.file_meta.TransferSyntaxUID
             return ds
     except Exception as e: # a parser fed hostile bytes may raise anything; its text may quote a name
-        raise DicomError(f"a DICOM file must parse to its end, pydicom stopped with {type(e).__name__}: copy it again") from None
+        raise DicomError(f"a DICOM file must parse to its end, pydicom stopped with {type(e).__name__}: "
+                         "copy it again") from None
 
 # %% ../../nbs/10b_data.dicom.ipynb #3cdeb337
 def _stream_size(data):
@@ -133,16 +136,21 @@ def _check_picture(ds, max_megapixels):
     "Grey, of a usable type and below the cap; returns the number of frames"
     if "PixelData" not in ds or "Rows" not in ds:
         raise DicomError("a DICOM picture has pixels, this file has none: leave it out", "no_pixels")
-    if int(ds.get("SamplesPerPixel", 1)) != 1 or ds.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
-        raise DicomError("a DICOM picture must be grey, this one has colours: it is a screenshot or an overlay, leave it out",
+    if int(ds.get("SamplesPerPixel", 1)) != 1 or ds.get("PhotometricInterpretation") not in ("MONOCHROME1",
+                                                                                             "MONOCHROME2"):
+        raise DicomError("a DICOM picture must be grey, this one has colours: it is a screenshot or an overlay, "
+                         "leave it out",
                          "unsupported")
     rows, columns, frames = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
-    if min(rows, columns, frames) < 1: raise DicomError(f"sizes must be 1 or more, got {frames}×{rows}×{columns}: fetch it again")
+    if min(rows, columns, frames) < 1: raise DicomError(f"sizes must be 1 or more, got {frames}×{rows}×{columns}: "
+                                                        "fetch it again")
     if rows * columns * frames > max_megapixels * 1e6:
-        raise DicomError(f"a file may have {max_megapixels:g} megapixels, this one announces {frames}×{rows}×{columns}: "
+        raise DicomError(f"a file may have {max_megapixels:g} megapixels, this one announces "
+                         f"{frames}×{rows}×{columns}: "
                          "raise max_megapixels if it is genuine", "too_large")
     if int(ds.BitsAllocated) not in (8, 16, 32) or int(ds.HighBit) != int(ds.BitsStored) - 1:
-        raise DicomError("pixels must have 8, 16 or 32 bits with the stored ones lowest, these have not: convert the file",
+        raise DicomError("pixels must have 8, 16 or 32 bits with the stored ones lowest, these have not: "
+                         "convert the file",
                          "unsupported")
     return frames
 
@@ -154,7 +162,8 @@ def _stored(ds, frames):
     try: known = get_decoder(syntax).is_available
     except (NotImplementedError, ValueError): known = False
     if not known:
-        raise DicomError(f"a decoder must be at hand for {syntax.name}, none is: pip install \"phoenix-mri[dicom]\", or "
+        raise DicomError(f"a decoder must be at hand for {syntax.name}, none is: pip install "
+                         "\"phoenix-mri[dicom]\", or "
                          "have the file converted", "no_decoder")
     try:
         if syntax.is_encapsulated: _check_streams(ds, frames)
@@ -162,7 +171,8 @@ def _stored(ds, frames):
     except PhoenixError: raise
     except Exception as e: # decoders raise anything
         short = "less than expected" in str(e) or "no pixel data" in str(e).lower()
-        raise DicomError(f"pixels must decode to their end, {syntax.name} stopped with {type(e).__name__}: fetch the file "
+        raise DicomError(f"pixels must decode to their end, {syntax.name} stopped with {type(e).__name__}: "
+                         "fetch the file "
                          "again", "truncated" if short else "corrupt") from None
 
 # %% ../../nbs/10b_data.dicom.ipynb #e91486f1
@@ -178,7 +188,8 @@ def _frame(ds, k):
     flat.file_meta = ds.file_meta
     shared, each = ds.get("SharedFunctionalGroupsSequence"), ds.get("PerFrameFunctionalGroupsSequence")
     if each is not None and k >= len(each):
-        raise DicomError(f"each frame must have its functional group, frame {k + 1} of a file with {len(each)} groups has "
+        raise DicomError(f"each frame must have its functional group, frame {k + 1} of a file with {len(each)} "
+                         "groups has "
                          "none: fetch the file again")
     for group in (*(shared or [])[:1], *([each[k]] if each else [])):
         for macro in _MACROS: sources += list(group.get(macro) or [])[:1]
@@ -206,7 +217,8 @@ def _values(stored, flat, values):
         for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"): flat.pop(name, None)
         flat.BitsStored, flat.PixelRepresentation = 8, 0 # the window then maps to 0 … 255
         x = apply_windowing(x, flat) / 255
-    else: raise DicomError("a window must be in the file to be applied, this one has none: ask for 'rescaled'", "window")
+    else: raise DicomError("a window must be in the file to be applied, this one has none: ask for 'rescaled'",
+                           "window")
     return (1 - x if white else x).astype(np.float32)
 
 # %% ../../nbs/10b_data.dicom.ipynb #c3b45598
@@ -253,7 +265,8 @@ def _place(flat, size):
     if not good:
         raise DicomError("a frame must have a position, an orientation of two unit vectors at right angles and a pixel "
                          "spacing, this one has not: read its pixels with read_frames", "geometry")
-    return Place(position, across / np.linalg.norm(across), down / np.linalg.norm(down), (column_mm, row_mm), abs(thick), size)
+    return Place(position, across / np.linalg.norm(across), down / np.linalg.norm(down), (column_mm, row_mm),
+                 abs(thick), size)
 
 # %% ../../nbs/10b_data.dicom.ipynb #2e666914
 def _same(places):
@@ -262,11 +275,14 @@ def _same(places):
     for p in places[1:]:
         if p.size != first.size: what, got = "size", f"{first.size} and {p.size}"
         elif max(np.abs(p.across - first.across).max(), np.abs(p.down - first.down).max()) > 1e-3:
-            turned = math.degrees(math.acos(np.clip(abs(np.cross(p.across, p.down) @ np.cross(first.across, first.down)), -1, 1)))
+            turned = math.degrees(math.acos(np.clip(abs(np.cross(p.across, p.down) @ np.cross(first.across,
+                                                                                              first.down)), -1, 1)))
             what, got = "orientation", f"normals {turned:.0f}° apart"
-        elif not np.allclose(p.pixel_mm, first.pixel_mm, rtol=1e-3): what, got = "pixel size", f"{first.pixel_mm} and {p.pixel_mm} mm"
+        elif not np.allclose(p.pixel_mm, first.pixel_mm,
+                             rtol=1e-3): what, got = "pixel size", f"{first.pixel_mm} and {p.pixel_mm} mm"
         else: continue
-        raise DicomError(f"frames of a volume must have one {what}, got {got}: it is a localiser or two series under one "
+        raise DicomError(f"frames of a volume must have one {what}, got {got}: it is a localiser or two series "
+                         "under one "
                          "name, separate them", "mixed")
 
 
@@ -281,9 +297,11 @@ def _check_gaps(at):
     if abs(gaps[k] - step) <= max(.02 * step, .02): return
     n, where = gaps[k] / step, f"between {at[k]:.2f} and {at[k + 1]:.2f} mm along the normal"
     if n > 1.5 and abs(n - round(n)) < .1:
-        raise DicomError(f"slices must follow each other at {step:.2f} mm, {where} {round(n) - 1} missing: find what was "
+        raise DicomError(f"slices must follow each other at {step:.2f} mm, {where} {round(n) - 1} missing: "
+                         "find what was "
                          "not copied", "gap")
-    raise DicomError(f"slices must be evenly spaced, {where} lie {gaps[k]:.2f} mm instead of {step:.2f}: take one stack",
+    raise DicomError(f"slices must be evenly spaced, {where} lie {gaps[k]:.2f} mm instead of {step:.2f}: "
+                     "take one stack",
                      "uneven")
 
 # %% ../../nbs/10b_data.dicom.ipynb #4021f5a0
@@ -298,7 +316,8 @@ def order_slices(
     order = [int(k) for k in np.argsort(at, kind="stable")]
     if len(places) == 1:
         if not first.thick_mm:
-            raise DicomError("a single slice must state its thickness to be a volume, this one doesn't: use read_frames",
+            raise DicomError("a single slice must state its thickness to be a volume, this one doesn't: use "
+                             "read_frames",
                              "geometry")
         return order, normal * first.thick_mm
     _check_gaps(at[order])
@@ -307,7 +326,8 @@ def order_slices(
     line = ends[0] + np.outer(np.arange(len(places)), step)
     off = np.linalg.norm(line - [places[k].position for k in order], axis=1).max()
     if off > max(.05 * np.linalg.norm(step), .1):
-        raise DicomError(f"slices must lie on a straight line, one is {off:.1f} mm beside it: it is no single stack", "uneven")
+        raise DicomError(f"slices must lie on a straight line, one is {off:.1f} mm beside it: it is no single stack",
+                         "uneven")
     return order, step
 
 # %% ../../nbs/10b_data.dicom.ipynb #45273abb
@@ -316,7 +336,8 @@ def series_key(
 )->str: # 's' and 12 hexadecimal digits
     "A name for a series that is not its UID"
     with _quiet(): uid = str(dataset.get("SeriesInstanceUID") or "")
-    if not uid: raise DicomError("a file must say which series it belongs to, this one doesn't: fetch it again", "mixed")
+    if not uid: raise DicomError("a file must say which series it belongs to, this one doesn't: fetch it again",
+                                 "mixed")
     return "s" + hashlib.sha256(f"phoenix series {uid}".encode()).hexdigest()[:12]
 
 
@@ -350,8 +371,10 @@ def _to_volume(sets, places, order, step, values, max_megavoxels):
     lps[:3, 3] = first.position
     real, said = float(np.linalg.norm(step)), first.thick_mm
     with _quiet(): between = any("SpacingBetweenSlices" in _frame(ds, 0) for ds in sets[:1])
-    doubts = (f"slices lie {real:.2f} mm apart, the file says {said:.2f}",) if between and abs(real - said) > .05 * said else ()
-    facts = dict(format="DICOM", modality=str(sets[0].get("Modality", "")), values=values, files=len(sets), frames=len(places),
+    doubts = (f"slices lie {real:.2f} mm apart, the file says {said:.2f}",
+              ) if between and abs(real - said) > .05 * said else ()
+    facts = dict(format="DICOM", modality=str(sets[0].get("Modality", "")), values=values, files=len(sets),
+                 frames=len(places),
                  stored_shape=(rows, columns, len(places)), transfer_syntax=sets[0].file_meta.TransferSyntaxUID.name,
                  photometric=str(sets[0].PhotometricInterpretation))
     return make_volume(data, np.diag([-1., -1, 1, 1]) @ lps, source="DICOM", facts=facts, doubts=doubts)
@@ -365,7 +388,8 @@ def _sources(source, series):
     found, _ = find_series(source)
     if series is None and len(found) == 1: return next(iter(found.values()))
     if series not in found:
-        raise DicomError(f"one series must be chosen, the folder has {len(found)}, asked was {series}: pass series= one of "
+        raise DicomError(f"one series must be chosen, the folder has {len(found)}, asked was {series}: pass "
+                         "series= one of "
                          f"{', '.join(list(found)[:8])}", "mixed")
     return found[series]
 
@@ -380,17 +404,20 @@ def read_series(
     "One DICOM series as a volume, ordered by position, or `DicomError`"
     sets = [read_dataset(s) for s in _sources(source, series)]
     if len(keys := {series_key(ds) for ds in sets}) != 1:
-        raise DicomError(f"files of a volume must be of one series, got {len(keys)}: group them with find_series", "mixed")
+        raise DicomError(f"files of a volume must be of one series, got {len(keys)}: group them with find_series",
+                         "mixed")
     try:
         with _quiet():
             counts = [_check_picture(ds, max_megavoxels) for ds in sets]
             if sum(int(ds.Rows) * int(ds.Columns) * n for ds, n in zip(sets, counts)) > max_megavoxels * 1e6:
                 raise DicomError(f"a volume may have {max_megavoxels:g} million voxels, this series has more: raise "
                                  "max_megavoxels if it is genuine", "too_large")
-            places = [_place(_frame(ds, k), (int(ds.Rows), int(ds.Columns))) for ds, n in zip(sets, counts) for k in range(n)]
+            places = [_place(_frame(ds, k), (int(ds.Rows), int(ds.Columns))) for ds, n in zip(sets, counts)
+                      for k in range(n)]
     except PhoenixError: raise
     except Exception as e: # an element of the wrong type; its text may quote values
-        raise DicomError(f"a series' elements must be well-formed, reading them stopped with {type(e).__name__}: fetch it "
+        raise DicomError("a series' elements must be well-formed, reading them stopped with "
+                         f"{type(e).__name__}: fetch it "
                          "again") from None
     order, step = order_slices(places)
     return _to_volume(sets, places, order, step, values, max_megavoxels)
@@ -400,7 +427,8 @@ def _keyed(salt, purpose, text, digits):
     "The first hexadecimal digits of a keyed hash"
     secret = salt.encode() if isinstance(salt, str) else bytes(salt)
     if len(secret) < 16:
-        raise DicomError("the salt must be a secret of 16 bytes or more, this is shorter: make one with secrets.token_hex(16) "
+        raise DicomError("the salt must be a secret of 16 bytes or more, this is shorter: make one with "
+                         "secrets.token_hex(16) "
                          "and keep it", "secret")
     return hmac.new(secret, f"phoenix {purpose}\0{text}".encode(), hashlib.sha256).hexdigest()[:digits]
 
@@ -415,35 +443,50 @@ def patient_key(
     return f"p{key}" if said[1] else ""
 
 # %% ../../nbs/10b_data.dicom.ipynb #f0e8da8c
-_EMPTIED = {"StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "PatientBirthDate", "PatientSex", "StudyID",
+_EMPTIED = {"StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "PatientBirthDate", "PatientSex",
+            "StudyID",
             "ContentDate", "ContentTime", "PositionReferenceIndicator"}
 _DATED = {"StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"}
 _NUMBERS = {"DS", "IS", "US", "SS", "UL", "SL", "FL", "FD", "AT"}
 _NUMBER_GROUPS = {0x0008, 0x0018, 0x0020, 0x0028, 0x5200}
 _KEPT = {"SpecificCharacterSet", "ImageType", "Modality", "Manufacturer", "ManufacturerModelName", "SoftwareVersions",
-         "ScanningSequence", "SequenceVariant", "ScanOptions", "MRAcquisitionType", "SequenceName", "AngioFlag", "ImagedNucleus",
+         "ScanningSequence", "SequenceVariant", "ScanOptions", "MRAcquisitionType", "SequenceName", "AngioFlag",
+         "ImagedNucleus",
          "InPlanePhaseEncodingDirection", "ReceiveCoilName", "TransmitCoilName", "BodyPartExamined", "PatientPosition",
-         "ImageLaterality", "Laterality", "PhotometricInterpretation", "BurnedInAnnotation", "RecognizableVisualFeatures",
-         "LossyImageCompression", "LossyImageCompressionMethod", "PresentationLUTShape", "VOILUTFunction", "RescaleType",
-         "FrameType", "PixelPresentation", "VolumetricProperties", "VolumeBasedCalculationTechnique", "ComplexImageComponent",
+         "ImageLaterality", "Laterality", "PhotometricInterpretation", "BurnedInAnnotation",
+         "RecognizableVisualFeatures",
+         "LossyImageCompression", "LossyImageCompressionMethod", "PresentationLUTShape", "VOILUTFunction",
+         "RescaleType",
+         "FrameType", "PixelPresentation", "VolumetricProperties", "VolumeBasedCalculationTechnique",
+         "ComplexImageComponent",
          "AcquisitionContrast", "DimensionOrganizationType", "ContentQualification", "StackID", "LUTData", "PixelData"}
 _ENTERED = {*_MACROS, "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "FrameContentSequence",
-            "MRImageFrameTypeSequence", "MREchoSequence", "MRTimingAndRelatedParametersSequence", "MRFOVGeometrySequence",
+            "MRImageFrameTypeSequence", "MREchoSequence", "MRTimingAndRelatedParametersSequence",
+            "MRFOVGeometrySequence",
             "MRImagingModifierSequence", "MRMetaboliteMapSequence", "MRAveragesSequence", "MRModifierSequence",
             "DimensionOrganizationSequence", "DimensionIndexSequence", "VOILUTSequence", "ModalityLUTSequence"}
 
 # %% ../../nbs/10b_data.dicom.ipynb #b0607da6
+def _many(value): return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]
+
+
+def _hashed_uids(value, salt):
+    "UIDs under the 2.25 root, from a keyed hash: the same UID always becomes the same one"
+    new = [str(u) if str(u).startswith("1.2.840.10008.") else f"2.25.{int(_keyed(salt, 'uid', u, 31), 16)}"
+           for u in _many(value)]
+    return new if len(new) > 1 else new[0]
+
+
 def _shifted(value, days):
     "A DICOM date moved back by whole days, '' when it is none"
     try: day = datetime.datetime.strptime(str(value)[:8], "%Y%m%d")
     except ValueError: return ""
     return (day - datetime.timedelta(days=days)).strftime("%Y%m%d")
 
-
-def _numeric(e):
-    "Whether a numeric element holds numbers and nothing else"
-    try: return [float(x) if e.VR != "AT" else int(x) for x in (e.value if e.VM > 1 else [e.value])] is not None
-    except (TypeError, ValueError): return e.VM == 0
+# %% ../../nbs/10b_data.dicom.ipynb #52c1a466
+def _keyword(tag):
+    "The standard's keyword of a tag, '' for a private or unknown one"
+    return _pydicom().datadict.keyword_for_tag(tag) or ""
 
 
 def _clean(ds, salt, days, done):
@@ -461,11 +504,6 @@ def _clean(ds, salt, days, done):
             for part in e.value: _clean(part, salt, days, done)
 
 # %% ../../nbs/10b_data.dicom.ipynb #77a2668b
-def _keyword(tag):
-    "The standard's keyword of a tag, '' for a private or unknown one"
-    return _pydicom().datadict.keyword_for_tag(tag) or ""
-
-
 def _action(e, name, days):
     "What the profile does with an element"
     if e.tag.is_private: return "private"
@@ -477,13 +515,11 @@ def _action(e, name, days):
     return "kept" if e.VR in _NUMBERS and e.tag.group in _NUMBER_GROUPS and _numeric(e) else "removed"
 
 
-def _many(value): return list(value) if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]
-
-
-def _hashed_uids(value, salt):
-    "UIDs under the 2.25 root, from a keyed hash: the same UID always becomes the same one"
-    new = [str(u) if str(u).startswith("1.2.840.10008.") else f"2.25.{int(_keyed(salt, 'uid', u, 31), 16)}" for u in _many(value)]
-    return new if len(new) > 1 else new[0]
+def _numeric(e):
+    "Whether a numeric element holds numbers and nothing else"
+    try: numbers = [float(x) for x in _many(e.value) if e.VM]
+    except (TypeError, ValueError): return False
+    return all(math.isfinite(x) for x in numbers)
 
 # %% ../../nbs/10b_data.dicom.ipynb #a0d5dcd7
 def _words(ds):
@@ -492,8 +528,10 @@ def _words(ds):
     for e in ds.iterall():
         name = _keyword(e.tag)
         text = [str(x) for x in _many(e.value)] if e.VR in ("PN", "LO", "SH", "UI") else []
-        if e.VR == "PN": found |= {w for t in text for w in t.replace("^", " ").replace("=", " ").split() if len(w) >= 3}
-        elif e.tag.group == 0x0010 or name in ("AccessionNumber", "StudyID"): found |= {t.strip() for t in text if len(t.strip()) >= 4}
+        if e.VR == "PN": found |= {w for t in text for w in t.replace("^", " ").replace("=", " ").split()
+                                   if len(w) >= 3}
+        elif e.tag.group == 0x0010 or name in ("AccessionNumber", "StudyID"): found |= {t.strip() for t in text
+                                                                                        if len(t.strip()) >= 4}
         elif e.VR == "UI": found |= {t for t in text if not t.startswith("1.2.840.10008.")}
     return {w.upper() for w in found}
 
@@ -502,13 +540,15 @@ def _last_look(ds, words, done):
     "Remove a kept text that holds such a word; refuse compressed pixels that do"
     for level in [ds, *(i for e in ds.iterall() if e.VR == "SQ" for i in e.value)]:
         for e in list(level):
-            if e.VR in ("LO", "SH", "CS", "LT", "ST", "UT", "UC", "AE") and any(w in str(e.value).upper() for w in words):
+            if e.VR in ("LO", "SH", "CS", "LT", "ST", "UT", "UC", "AE") and any(w in str(e.value).upper()
+                                                                                for w in words):
                 del level[e.tag]
                 done["removed"] += 1
     if ds.file_meta.TransferSyntaxUID.is_encapsulated:
         pixels = ds.get("PixelData", b"").upper()
         if any(len(w) >= 5 and w.encode() in pixels for w in words):
-            raise DicomError("compressed pixels must hold no comment with an identifier, these do: decompress the file first",
+            raise DicomError("compressed pixels must hold no comment with an identifier, these do: decompress the "
+                             "file first",
                              "burned_in")
 
 # %% ../../nbs/10b_data.dicom.ipynb #25fee95c
@@ -531,7 +571,8 @@ def _refuse_burned(ds):
     said = str(ds.get("BurnedInAnnotation") or "").upper()
     embedded = any(e.tag.element == 0x0102 and e.value for e in ds if 0x6000 <= e.tag.group <= 0x60ff)
     if said not in ("", "NO") or embedded:
-        raise DicomError("a copy can't be freed of text in its pixels, and this file says it has some: blank it by hand or leave "
+        raise DicomError("a copy can't be freed of text in its pixels, and this file says it has some: blank it by "
+                         "hand or leave "
                          "it out", "burned_in")
     return "no" if said else "unknown"
 
@@ -540,7 +581,8 @@ def _sign(ds, dates, burned):
     "Say what was done, as PS3.15 asks"
     ds.PatientIdentityRemoved = "YES"
     ds.LongitudinalTemporalInformationModified = "MODIFIED" if dates == "shift" else "REMOVED"
-    ds.DeidentificationMethod = ["phoenix: PS3.15 Basic Profile by a list of what is kept", f"burned-in annotation: {burned}"]
+    ds.DeidentificationMethod = ["phoenix: PS3.15 Basic Profile by a list of what is kept",
+                                 f"burned-in annotation: {burned}"]
     codes = [("113100", "Basic Application Confidentiality Profile")]
     if dates == "shift": codes.append(("113107", "Retain Longitudinal Temporal Information Modified Dates Option"))
     ds.DeidentificationMethodCodeSequence = []
@@ -565,7 +607,8 @@ def deidentify(
     dates:str="remove", # 'remove' all, or 'shift' by days fixed for the patient
 )->Deidentified: # the copy, what was done, and whether text in the pixels is excluded
     "A copy by the Basic Profile of PS3.15; a file that announces text in its pixels is refused"
-    if dates not in ("remove", "shift"): raise DicomError(f"dates is 'remove' or 'shift', got {dates!r}: correct it", "unsupported")
+    if dates not in ("remove", "shift"): raise DicomError(f"dates is 'remove' or 'shift', got {dates!r}: correct it",
+                                                          "unsupported")
     key, done = patient_key(dataset, salt), Counter()
     days = 1 + int(_keyed(salt, "days", key, 8), 16) % 3650 if dates == "shift" else 0
     try:
@@ -579,5 +622,6 @@ def deidentify(
             _sign(ds, dates, burned)
     except PhoenixError: raise
     except Exception as e: # the text may quote a name
-        raise DicomError(f"a file must be complete to be copied, it stopped with {type(e).__name__}: fetch it again") from None
+        raise DicomError(f"a file must be complete to be copied, it stopped with {type(e).__name__}: "
+                         "fetch it again") from None
     return Deidentified(ds, dict(sorted(done.items())), burned)

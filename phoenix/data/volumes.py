@@ -161,14 +161,16 @@ def make_volume(
     ras, a = to_ras(plain, affine)
     spans = tuple(_extent_doubts(ras.shape, np.linalg.norm(a[:3, :3], axis=0)))
     filled = {"filled": bad} if bad else {}
-    return Volume(ras, a, source, dict(facts or {}, stored_axes=axis_codes(affine), **filled), (*doubts, *leans, *spans))
+    return Volume(ras, a, source, dict(facts or {}, stored_axes=axis_codes(affine), **filled), (*doubts, *leans,
+                                                                                                *spans))
 
 # %% ../../nbs/10a_data.volumes.ipynb #d245ae5f
 def _open(source):
     "The file as a stream of uncompressed bytes, whether it was compressed, and its bytes on disk"
     if not isinstance(source, (bytes, bytearray)):
         path = Path(source)
-        if not path.is_file(): raise VolumeError("a volume must be a regular file, this is none: check the path", "missing")
+        if not path.is_file(): raise VolumeError("a volume must be a regular file, this is none: check the path",
+                                                 "missing")
         try: raw, size = open(path, "rb"), path.stat().st_size
         except OSError as e:
             raise VolumeError(f"a volume must be readable, got {e.strerror}: check its permissions", "missing") from e
@@ -188,7 +190,8 @@ def _take(stream, n, keep=True):
         try: part = stream.read(min(left, 1 << 22))
         except EOFError: part = b""
         except (OSError, zlib.error) as e:
-            raise VolumeError(f"a volume must unpack to its end, gzip stopped with {type(e).__name__}: copy it again") from e
+            raise VolumeError(f"a volume must unpack to its end, gzip stopped with {type(e).__name__}: "
+                              "copy it again") from e
         if not part:
             raise VolumeError(f"a volume must hold what it announces, it ends {left} bytes before: copy it again",
                               "truncated")
@@ -201,7 +204,8 @@ def _finish(stream):
     "Read what follows the voxels, so that gzip checks its checksum; a little padding is allowed"
     for _ in range(16):
         try: part = stream.read(1 << 20)
-        except EOFError as e: raise VolumeError("a gzip file must end with its checksum: copy it again", "truncated") from e
+        except EOFError as e: raise VolumeError("a gzip file must end with its checksum: copy it again",
+                                                "truncated") from e
         except (OSError, zlib.error) as e:
             raise VolumeError("a gzip file must match its own checksum, this one does not: copy it again") from e
         if not part: return
@@ -215,9 +219,11 @@ def _header(stream):
     if 540 in sizes and first[4:8] == b"n+2\0": return nib.Nifti2Header(first + bytes(_take(stream, 192)), check=False)
     if 348 in sizes and first[344:348] == b"n+1\0": return nib.Nifti1Header(first, check=False)
     if 348 in sizes or 540 in sizes:
-        raise VolumeError("a NIfTI volume must be one file, this is a header without voxels or the older Analyze format, "
+        raise VolumeError("a NIfTI volume must be one file, this is a header without voxels or the older "
+                          "Analyze format, "
                           "which does not say where left is: convert it to .nii", "unsupported")
-    raise VolumeError("the bytes must begin with a NIfTI header, these do not: give a .nii or .nii.gz file", "not_a_volume")
+    raise VolumeError("the bytes must begin with a NIfTI header, these do not: give a .nii or .nii.gz file",
+                      "not_a_volume")
 
 # %% ../../nbs/10a_data.volumes.ipynb #a2875d27
 def _claims(head, max_megavoxels, frame):
@@ -226,17 +232,21 @@ def _claims(head, max_megavoxels, frame):
     if not 1 <= dim[0] <= 7 or min(dim[1:1 + dim[0]]) < 1:
         raise VolumeError(f"a header must announce sizes of 1 or more, got {dim}: export the volume again")
     shape, frames = (*dim[1:4], 1, 1)[:3] if dim[0] >= 3 else (), math.prod(dim[4:1 + dim[0]])
-    if len(shape) < 3: raise VolumeError(f"a volume has three axes, this file has {dim[0]}: it is a picture", "unsupported")
+    if len(shape) < 3: raise VolumeError(f"a volume has three axes, this file has {dim[0]}: it is a picture",
+                                         "unsupported")
     if math.prod(shape) > max_megavoxels * 1e6 or frames > 100_000:
         raise VolumeError(f"a volume may have {max_megavoxels:g} million voxels, this one announces "
-                          f"{'×'.join(map(str, shape))}, {frames} times: raise max_megavoxels if it is genuine", "too_large")
+                          f"{'×'.join(map(str, shape))}, {frames} times: raise max_megavoxels if it is genuine",
+                          "too_large")
     if (frames > 1 and frame is None) or not 0 <= (frame or 0) < frames:
         raise VolumeError(f"one volume must be asked for, the file has {frames}, asked was {frame}: "
                           f"pass frame=0 … {frames - 1}", "frames")
     try: kind = head.get_data_dtype()
-    except HeaderDataError as e: raise VolumeError("the type of the voxels must be a NIfTI type: export it again") from e
+    except HeaderDataError as e: raise VolumeError("the type of the voxels must be a NIfTI type: "
+                                                   "export it again") from e
     if kind.kind not in "uif" or kind.itemsize > 8:
-        raise VolumeError(f"voxels must be real numbers of at most 8 bytes, these are {kind}: convert them", "unsupported")
+        raise VolumeError(f"voxels must be real numbers of at most 8 bytes, these are {kind}: convert them",
+                          "unsupported")
     start = float(head["vox_offset"])
     if not (math.isfinite(start) and head.sizeof_hdr + 4 <= start <= 2 ** 26 and start == int(start)):
         raise VolumeError(f"voxels must begin after the header, byte {start:g} is announced: export it again")
@@ -279,7 +289,8 @@ def _placement(head, shape, trust):
     forms, doubts = _forms(head), ()
     if trust == "both":
         if not forms:
-            raise VolumeError("a volume must say where left is, this one has neither sform nor qform: ask its source, or "
+            raise VolumeError("a volume must say where left is, this one has neither sform nor qform: ask its "
+                              "source, or "
                               "pass trust='pixdim' and don't rely on left and right", "orientation")
         if len(forms) == 2: doubts = _agree(forms, shape)
         trust = next(iter(forms))
@@ -287,7 +298,8 @@ def _placement(head, shape, trust):
         affine, code = np.diag([*np.abs(head["pixdim"][1:4].astype(float)), 1]), 0
         doubts += ("sizes only: left, right, front and top are a guess",)
     elif trust in forms: affine, code = forms[trust]
-    else: raise VolumeError(f"the file must have the {trust} to trust it, it has {list(forms)}: choose another", "orientation")
+    else: raise VolumeError(f"the file must have the {trust} to trust it, it has {list(forms)}: choose another",
+                            "orientation")
     affine = np.diag([unit[1]] * 3 + [1]) @ np.asarray(affine, dtype=np.float64)
     return affine, dict(form=trust, form_code=int(code), unit=unit[0]), doubts
 
@@ -348,7 +360,8 @@ VIEWS = ("radiological", "neurological")
 
 def _axis(plane, view="radiological"):
     "The axis that a plane cuts across"
-    if plane not in PLANES: raise VolumeError(f"a plane is one of {list(PLANES)}, got {plane!r}: correct it", "unsupported")
+    if plane not in PLANES: raise VolumeError(f"a plane is one of {list(PLANES)}, got {plane!r}: correct it",
+                                              "unsupported")
     if view not in VIEWS: raise VolumeError(f"a view is one of {list(VIEWS)}, got {view!r}: correct it", "unsupported")
     return PLANES[plane]
 
@@ -363,7 +376,8 @@ def take_slice(
     "One slice, turned for the eye"
     axis = _axis(plane, view)
     if not 0 <= index < volume.shape[axis]:
-        raise VolumeError(f"a slice must be one of 0 … {volume.shape[axis] - 1}, got {index}: choose another", "geometry")
+        raise VolumeError(f"a slice must be one of 0 … {volume.shape[axis] - 1}, got {index}: choose another",
+                          "geometry")
     up = volume.data.take(index, axis)[:, ::-1].T
     return np.ascontiguousarray(up if view == "neurological" and plane != "sagittal" else up[:, ::-1])
 
@@ -410,7 +424,8 @@ def check_mask(
     if mask.shape != volume.shape:
         raise VolumeError(f"a mask must have the shape of its volume, {volume.shape}, got {mask.shape}: resample it",
                           "geometry")
-    corners = np.array([[x, y, z, 1] for x in (0, mask.shape[0]) for y in (0, mask.shape[1]) for z in (0, mask.shape[2])])
+    corners = np.array([[x, y, z, 1] for x in (0, mask.shape[0]) for y in (0, mask.shape[1]) for z in (0,
+                                                                                                       mask.shape[2])])
     apart = np.linalg.norm(corners @ (mask.affine - volume.affine).T, axis=1).max()
     if apart > min(volume.spacing_mm) / 2:
         raise VolumeError(f"a mask must lie on its volume, corners are {apart:.1f} mm apart: resample it", "geometry")
@@ -427,7 +442,8 @@ def choose_slices(
     "Which slices to take"
     across = tuple(a for a in range(3) if a != _axis(plane))
     if by not in ("even", "mask") or (by == "mask" and mask is None):
-        raise VolumeError(f"slices are chosen by 'even' or by 'mask' with a mask, got {by!r}: correct it", "unsupported")
+        raise VolumeError(f"slices are chosen by 'even' or by 'mask' with a mask, got {by!r}: correct it",
+                          "unsupported")
     if mask is not None: check_mask(mask, volume)
     area = np.ones(volume.shape[PLANES[plane]]) if mask is None else (mask.data != 0).sum(across)
     there = np.flatnonzero(area)
