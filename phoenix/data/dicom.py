@@ -136,8 +136,8 @@ def _check_picture(ds, max_megapixels):
     "Grey, of a usable type and below the cap; returns the number of frames"
     if "PixelData" not in ds or "Rows" not in ds:
         raise DicomError("a DICOM picture has pixels, this file has none: leave it out", "no_pixels")
-    if int(ds.get("SamplesPerPixel", 1)) != 1 or ds.get("PhotometricInterpretation") not in ("MONOCHROME1",
-                                                                                             "MONOCHROME2"):
+    grey = ds.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+    if int(ds.get("SamplesPerPixel", 1)) != 1 or not grey:
         raise DicomError("a DICOM picture must be grey, this one has colours: it is a screenshot or an overlay, "
                          "leave it out",
                          "unsupported")
@@ -275,8 +275,8 @@ def _same(places):
     for p in places[1:]:
         if p.size != first.size: what, got = "size", f"{first.size} and {p.size}"
         elif max(np.abs(p.across - first.across).max(), np.abs(p.down - first.down).max()) > 1e-3:
-            turned = math.degrees(math.acos(np.clip(abs(np.cross(p.across, p.down) @ np.cross(first.across,
-                                                                                              first.down)), -1, 1)))
+            cosine = np.cross(p.across, p.down) @ np.cross(first.across, first.down)
+            turned = math.degrees(math.acos(np.clip(abs(cosine), -1, 1)))
             what, got = "orientation", f"normals {turned:.0f}° apart"
         elif not np.allclose(p.pixel_mm, first.pixel_mm,
                              rtol=1e-3): what, got = "pixel size", f"{first.pixel_mm} and {p.pixel_mm} mm"
@@ -526,22 +526,22 @@ def _words(ds):
     "The words and UIDs of a dataset that would point to the patient"
     found = set()
     for e in ds.iterall():
-        name = _keyword(e.tag)
         text = [str(x) for x in _many(e.value)] if e.VR in ("PN", "LO", "SH", "UI") else []
         if e.VR == "PN": found |= {w for t in text for w in t.replace("^", " ").replace("=", " ").split()
                                    if len(w) >= 3}
-        elif e.tag.group == 0x0010 or name in ("AccessionNumber", "StudyID"): found |= {t.strip() for t in text
-                                                                                        if len(t.strip()) >= 4}
+        elif e.tag.group == 0x0010 or _keyword(e.tag) in ("AccessionNumber", "StudyID"):
+            found |= {t.strip() for t in text if len(t.strip()) >= 4}
         elif e.VR == "UI": found |= {t for t in text if not t.startswith("1.2.840.10008.")}
     return {w.upper() for w in found}
 
+
+_TEXTS = ("LO", "SH", "CS", "LT", "ST", "UT", "UC", "AE")
 
 def _last_look(ds, words, done):
     "Remove a kept text that holds such a word; refuse compressed pixels that do"
     for level in [ds, *(i for e in ds.iterall() if e.VR == "SQ" for i in e.value)]:
         for e in list(level):
-            if e.VR in ("LO", "SH", "CS", "LT", "ST", "UT", "UC", "AE") and any(w in str(e.value).upper()
-                                                                                for w in words):
+            if e.VR in _TEXTS and any(w in str(e.value).upper() for w in words):
                 del level[e.tag]
                 done["removed"] += 1
     if ds.file_meta.TransferSyntaxUID.is_encapsulated:

@@ -161,8 +161,8 @@ def make_volume(
     ras, a = to_ras(plain, affine)
     spans = tuple(_extent_doubts(ras.shape, np.linalg.norm(a[:3, :3], axis=0)))
     filled = {"filled": bad} if bad else {}
-    return Volume(ras, a, source, dict(facts or {}, stored_axes=axis_codes(affine), **filled), (*doubts, *leans,
-                                                                                                *spans))
+    facts = dict(facts or {}, stored_axes=axis_codes(affine), **filled)
+    return Volume(ras, a, source, facts, (*doubts, *leans, *spans))
 
 # %% ../../nbs/10a_data.volumes.ipynb #d245ae5f
 def _open(source):
@@ -274,7 +274,7 @@ def _agree(forms, shape):
         said = [f"{axis_codes(a)} {'×'.join(f'{x:.3g}' for x in n)} mm" for a, n in zip((s, q), sizes)]
         raise VolumeError(f"sform and qform must agree, they say {said[0]} and {said[1]}: find out which is right and "
                           "pass trust='sform' or trust='qform'", "orientation")
-    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*shape, 1]
     apart = np.linalg.norm(corners @ (s - q).T, axis=1).max()
     return (f"sform and qform place corners {apart:.0f} mm apart, the sform is used",) if apart > 1 else ()
 
@@ -424,8 +424,7 @@ def check_mask(
     if mask.shape != volume.shape:
         raise VolumeError(f"a mask must have the shape of its volume, {volume.shape}, got {mask.shape}: resample it",
                           "geometry")
-    corners = np.array([[x, y, z, 1] for x in (0, mask.shape[0]) for y in (0, mask.shape[1]) for z in (0,
-                                                                                                       mask.shape[2])])
+    corners = np.array([[*c, 1] for c in np.ndindex(2, 2, 2)]) * [*mask.shape, 1]
     apart = np.linalg.norm(corners @ (mask.affine - volume.affine).T, axis=1).max()
     if apart > min(volume.spacing_mm) / 2:
         raise VolumeError(f"a mask must lie on its volume, corners are {apart:.1f} mm apart: resample it", "geometry")
