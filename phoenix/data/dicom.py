@@ -6,7 +6,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.dicom.html.md"""
 
 # %% auto #0
 __all__ = ['DICOM_KINDS', 'VALUES', 'DicomError', 'read_dataset', 'read_frames', 'Place', 'order_slices', 'series_key',
-           'find_series', 'read_series', 'patient_key', 'Deidentified', 'deidentify']
+           'find_series', 'read_series', 'keyed', 'patient_key', 'Deidentified', 'deidentify']
 
 # %% ../../nbs/10b_data.dicom.ipynb #98900850
 import datetime
@@ -423,8 +423,13 @@ def read_series(
     return _to_volume(sets, places, order, step, values, max_megavoxels)
 
 # %% ../../nbs/10b_data.dicom.ipynb #9a305404
-def _keyed(salt, purpose, text, digits):
-    "The first hexadecimal digits of a keyed hash"
+def keyed(
+    salt:str|bytes, # secret of 16 bytes or more
+    purpose:str, # what is hashed: hashes of different purposes can't be compared
+    text:str, # what must not be recognised
+    digits:int, # hexadecimal digits kept
+)->str: # lower case
+    "The beginning of a keyed hash (HMAC-SHA-256)"
     secret = salt.encode() if isinstance(salt, str) else bytes(salt)
     if len(secret) < 16:
         raise DicomError("the salt must be a secret of 16 bytes or more, this is shorter: make one with "
@@ -439,7 +444,7 @@ def patient_key(
 )->str: # 'p' and 16 hexadecimal digits; '' when the file names no patient
     "A patient's pseudonym: the same for all files of the patient under the same secret"
     with _quiet(): said = [str(dataset.get(k) or "").strip() for k in ("IssuerOfPatientID", "PatientID")]
-    key = _keyed(salt, "patient", "\0".join(said), 16)
+    key = keyed(salt, "patient", "\0".join(said), 16)
     return f"p{key}" if said[1] else ""
 
 # %% ../../nbs/10b_data.dicom.ipynb #f0e8da8c
@@ -472,7 +477,7 @@ def _many(value): return list(value) if isinstance(value, (list, tuple)) or hasa
 
 def _hashed_uids(value, salt):
     "UIDs under the 2.25 root, from a keyed hash: the same UID always becomes the same one"
-    new = [str(u) if str(u).startswith("1.2.840.10008.") else f"2.25.{int(_keyed(salt, 'uid', u, 31), 16)}"
+    new = [str(u) if str(u).startswith("1.2.840.10008.") else f"2.25.{int(keyed(salt, 'uid', u, 31), 16)}"
            for u in _many(value)]
     return new if len(new) > 1 else new[0]
 
@@ -610,7 +615,7 @@ def deidentify(
     if dates not in ("remove", "shift"): raise DicomError(f"dates is 'remove' or 'shift', got {dates!r}: correct it",
                                                           "unsupported")
     key, done = patient_key(dataset, salt), Counter()
-    days = 1 + int(_keyed(salt, "days", key, 8), 16) % 3650 if dates == "shift" else 0
+    days = 1 + int(keyed(salt, "days", key, 8), 16) % 3650 if dates == "shift" else 0
     try:
         with _quiet():
             burned, words, ds = _refuse_burned(dataset), _words(dataset), dataset.copy()
