@@ -62,10 +62,21 @@ def _quiet():
         warnings.simplefilter("ignore")
         yield
 
+
+@contextmanager
+def _guarded(what):
+    "A parser or decoder fed hostile bytes may raise anything, and its text may quote a name: only the type goes on"
+    try:
+        with _quiet(): yield
+    except PhoenixError: raise
+    except Exception as e:
+        raise DicomError(f"{what} must be complete and well-formed, reading stopped with {type(e).__name__}: fetch the "
+                         "file again") from None
+
 # %% ../../nbs/10b_data.dicom.ipynb #a1e9ee4a
 def _bounded(data, max_bytes):
     "Refuse a deflated file that unpacks beyond the cap; pydicom itself would unpack it whole"
-    if data[132:138] != b"\2\0\0\0UL": return
+    if len(data) < 144 or data[132:138] != b"\2\0\0\0UL": return
     start = 144 + struct.unpack("<I", data[140:144])[0]
     if b"1.2.840.10008.1.2.1.99" not in data[144:start]: return
     engine, total, rest = zlib.decompressobj(-zlib.MAX_WBITS), 0, data[start:]
@@ -99,14 +110,10 @@ def read_dataset(
     if source[128:132] != b"DICM":
         raise DicomError("a DICOM file must have DICM at byte 128, this one has not: give a DICOM file", "not_dicom")
     _bounded(source, cap)
-    try:
-        with _quiet():
-            ds = pydicom.dcmread(io.BytesIO(source), stop_before_pixels=header_only)
-            ds.file_meta.TransferSyntaxUID
-            return ds
-    except Exception as e: # a parser fed hostile bytes may raise anything; its text may quote a name
-        raise DicomError(f"a DICOM file must parse to its end, pydicom stopped with {type(e).__name__}: "
-                         "copy it again") from None
+    with _guarded("a DICOM file"):
+        ds = pydicom.dcmread(io.BytesIO(source), stop_before_pixels=header_only)
+        ds.file_meta.TransferSyntaxUID
+        return ds
 
 # %% ../../nbs/10b_data.dicom.ipynb #3cdeb337
 def _stream_size(data):
@@ -231,15 +238,10 @@ def read_frames(
     "All frames of one DICOM file"
     if values not in VALUES: raise DicomError(f"values is one of {VALUES}, got {values!r}: correct it", "unsupported")
     ds = read_dataset(source) if isinstance(source, (str, Path, bytes, bytearray)) else source
-    try:
-        with _quiet():
-            frames = _check_picture(ds, max_megapixels)
-            stored = _stored(ds, frames)
-            return np.stack([_values(stored[k], _frame(ds, k), values) for k in range(frames)])
-    except PhoenixError: raise
-    except Exception as e: # an element of the wrong type or length; its text may quote values
-        raise DicomError("a picture's elements must be complete and well-formed, reading them stopped with "
-                         f"{type(e).__name__}: fetch the file again") from None
+    with _guarded("a DICOM picture"):
+        frames = _check_picture(ds, max_megapixels)
+        stored = _stored(ds, frames)
+        return np.stack([_values(stored[k], _frame(ds, k), values) for k in range(frames)])
 
 # %% ../../nbs/10b_data.dicom.ipynb #59d92753
 class Place(NamedTuple):
@@ -335,7 +337,7 @@ def series_key(
     dataset:object, # a `pydicom.Dataset`
 )->str: # 's' and 12 hexadecimal digits
     "A name for a series that is not its UID"
-    with _quiet(): uid = str(dataset.get("SeriesInstanceUID") or "")
+    with _guarded("a series"): uid = str(dataset.get("SeriesInstanceUID") or "")
     if not uid: raise DicomError("a file must say which series it belongs to, this one doesn't: fetch it again",
                                  "mixed")
     return "s" + hashlib.sha256(f"phoenix series {uid}".encode()).hexdigest()[:12]
@@ -370,7 +372,7 @@ def _to_volume(sets, places, order, step, values, max_megavoxels):
     lps[:3, :3] = np.column_stack([first.across * first.pixel_mm[0], first.down * first.pixel_mm[1], step])
     lps[:3, 3] = first.position
     real, said = float(np.linalg.norm(step)), first.thick_mm
-    with _quiet(): between = any("SpacingBetweenSlices" in _frame(ds, 0) for ds in sets[:1])
+    between = "SpacingBetweenSlices" in _frame(sets[0], 0)
     doubts = (f"slices lie {real:.2f} mm apart, the file says {said:.2f}",
               ) if between and abs(real - said) > .05 * said else ()
     facts = dict(format="DICOM", modality=str(sets[0].get("Modality", "")), values=values, files=len(sets),
@@ -406,21 +408,15 @@ def read_series(
     if len(keys := {series_key(ds) for ds in sets}) != 1:
         raise DicomError(f"files of a volume must be of one series, got {len(keys)}: group them with find_series",
                          "mixed")
-    try:
-        with _quiet():
-            counts = [_check_picture(ds, max_megavoxels) for ds in sets]
-            if sum(int(ds.Rows) * int(ds.Columns) * n for ds, n in zip(sets, counts)) > max_megavoxels * 1e6:
-                raise DicomError(f"a volume may have {max_megavoxels:g} million voxels, this series has more: raise "
-                                 "max_megavoxels if it is genuine", "too_large")
-            places = [_place(_frame(ds, k), (int(ds.Rows), int(ds.Columns))) for ds, n in zip(sets, counts)
-                      for k in range(n)]
-    except PhoenixError: raise
-    except Exception as e: # an element of the wrong type; its text may quote values
-        raise DicomError("a series' elements must be well-formed, reading them stopped with "
-                         f"{type(e).__name__}: fetch it "
-                         "again") from None
-    order, step = order_slices(places)
-    return _to_volume(sets, places, order, step, values, max_megavoxels)
+    with _guarded("a DICOM series"):
+        counts = [_check_picture(ds, max_megavoxels) for ds in sets]
+        sizes = [(int(ds.Rows), int(ds.Columns)) for ds in sets]
+        if sum(h * w * n for (h, w), n in zip(sizes, counts)) > max_megavoxels * 1e6:
+            raise DicomError(f"a volume may have {max_megavoxels:g} million voxels, this series has more: raise "
+                             "max_megavoxels if it is genuine", "too_large")
+        places = [_place(_frame(ds, k), size) for ds, n, size in zip(sets, counts, sizes) for k in range(n)]
+        order, step = order_slices(places)
+        return _to_volume(sets, places, order, step, values, max_megavoxels)
 
 # %% ../../nbs/10b_data.dicom.ipynb #9a305404
 def keyed(
@@ -443,7 +439,8 @@ def patient_key(
     salt:str|bytes, # secret of 16 bytes or more, kept apart from the images
 )->str: # 'p' and 16 hexadecimal digits; '' when the file names no patient
     "A patient's pseudonym: the same for all files of the patient under the same secret"
-    with _quiet(): said = [str(dataset.get(k) or "").strip() for k in ("IssuerOfPatientID", "PatientID")]
+    with _guarded("a patient's number"): said = [str(dataset.get(k) or "").strip() for k in ("IssuerOfPatientID",
+                                                                                             "PatientID")]
     key = keyed(salt, "patient", "\0".join(said), 16)
     return f"p{key}" if said[1] else ""
 
@@ -616,17 +613,13 @@ def deidentify(
                                                           "unsupported")
     key, done = patient_key(dataset, salt), Counter()
     days = 1 + int(keyed(salt, "days", key, 8), 16) % 3650 if dates == "shift" else 0
-    try:
-        with _quiet():
-            burned, words, ds = _refuse_burned(dataset), _words(dataset), dataset.copy()
-            ds = _pydicom().dcmread(io.BytesIO(Deidentified(ds, {}, burned).to_bytes())) # a copy that shares nothing
-            _clean(ds, salt, days, done)
-            ds.PatientName = ds.PatientID = key
-            _new_meta(ds)
-            _last_look(ds, words, done)
-            _sign(ds, dates, burned)
-    except PhoenixError: raise
-    except Exception as e: # the text may quote a name
-        raise DicomError(f"a file must be complete to be copied, it stopped with {type(e).__name__}: "
-                         "fetch it again") from None
+    with _guarded("a file to be copied"):
+        burned, words = _refuse_burned(dataset), _words(dataset)
+        copied = Deidentified(dataset.copy(), {}, burned).to_bytes() # shares nothing with the original
+        ds = _pydicom().dcmread(io.BytesIO(copied))
+        _clean(ds, salt, days, done)
+        ds.PatientName = ds.PatientID = key
+        _new_meta(ds)
+        _last_look(ds, words, done)
+        _sign(ds, dates, burned)
     return Deidentified(ds, dict(sorted(done.items())), burned)

@@ -242,8 +242,8 @@ def _claims(head, max_megavoxels, frame):
         raise VolumeError(f"one volume must be asked for, the file has {frames}, asked was {frame}: "
                           f"pass frame=0 … {frames - 1}", "frames")
     try: kind = head.get_data_dtype()
-    except HeaderDataError as e: raise VolumeError("the type of the voxels must be a NIfTI type: "
-                                                   "export it again") from e
+    except (HeaderDataError, KeyError) as e:
+        raise VolumeError("the type of the voxels must be a NIfTI type: export it again") from e
     if kind.kind not in "uif" or kind.itemsize > 8:
         raise VolumeError(f"voxels must be real numbers of at most 8 bytes, these are {kind}: convert them",
                           "unsupported")
@@ -286,7 +286,8 @@ def _placement(head, shape, trust):
     if trust not in TRUST: raise VolumeError(f"trust must be one of {TRUST}, got {trust!r}: correct it", "orientation")
     unit = _UNITS.get(int(head["xyzt_units"]) & 7)
     if unit is None: raise VolumeError("the unit of length must be m, mm or µm, this header has another: correct it")
-    forms, doubts = _forms(head), ()
+    to_mm, doubts = np.diag([unit[1]] * 3 + [1]), ()
+    forms = {name: (to_mm @ a, code) for name, (a, code) in _forms(head).items()}
     if trust == "both":
         if not forms:
             raise VolumeError("a volume must say where left is, this one has neither sform nor qform: ask its "
@@ -295,12 +296,11 @@ def _placement(head, shape, trust):
         if len(forms) == 2: doubts = _agree(forms, shape)
         trust = next(iter(forms))
     if trust == "pixdim":
-        affine, code = np.diag([*np.abs(head["pixdim"][1:4].astype(float)), 1]), 0
+        affine, code = to_mm @ np.diag([*np.abs(head["pixdim"][1:4].astype(float)), 1]), 0
         doubts += ("sizes only: left, right, front and top are a guess",)
     elif trust in forms: affine, code = forms[trust]
     else: raise VolumeError(f"the file must have the {trust} to trust it, it has {list(forms)}: choose another",
                             "orientation")
-    affine = np.diag([unit[1]] * 3 + [1]) @ np.asarray(affine, dtype=np.float64)
     return affine, dict(form=trust, form_code=int(code), unit=unit[0]), doubts
 
 # %% ../../nbs/10a_data.volumes.ipynb #ae018f0f
