@@ -23,7 +23,7 @@ from phoenix.keys import rng  # noqa: E402
 from phoenix.settings import PhoenixError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")  # pydicom on what the tests write, not on what phoenix reads
-SECRET = "a secret of the tests, 0123456789"
+SALT = "a secret of the tests, 0123456789"
 WAVES = (np.add.outer(np.arange(40), np.arange(48)) ** 2 % 4096).astype("uint16")
 
 
@@ -287,7 +287,7 @@ SECRETS = (b"muster", b"erika", b"mrn-0042", b"19610807", b"062y", b"61.5", b"al
 def test_no_identifier_is_left_in_any_byte(dates):
     raw = saved(named())
     assert all(s in raw.lower() for s in SECRETS), "the test's own file must hold what is searched for"
-    copied = deidentify(read_dataset(raw), SECRET, dates=dates)
+    copied = deidentify(read_dataset(raw), SALT, dates=dates)
     out = copied.to_bytes().lower()
     found = [s for s in SECRETS if s in out.replace(b"1.2.840", b"")]
     assert not found or (dates == "shift" and found == [b"2024"]), found
@@ -295,7 +295,7 @@ def test_no_identifier_is_left_in_any_byte(dates):
     assert again.PatientIdentityRemoved == "YES" and again.LongitudinalTemporalInformationModified == ("MODIFIED" if dates == "shift" else "REMOVED")
     assert [c.CodeValue for c in again.DeidentificationMethodCodeSequence] == ["113100", "113107"][:1 + (dates == "shift")]
     assert "unknown" in again.DeidentificationMethod[1] and copied.burned_in == "unknown"
-    assert again.PatientID == patient_key(read_dataset(raw), SECRET) and again.preamble == bytes(128)
+    assert again.PatientID == patient_key(read_dataset(raw), SALT) and again.preamble == bytes(128)
     assert {"StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "PatientBirthDate", "PatientSex", "StudyID"} <= set(again.dir())
     np.testing.assert_array_equal(read_frames(again), read_frames(read_dataset(raw)))
     assert copied.actions["private"] == 2 and copied.actions["removed"] > 15
@@ -304,36 +304,36 @@ def test_no_identifier_is_left_in_any_byte(dates):
 def test_the_original_is_not_changed():
     ds = named()
     before = saved(ds)
-    deidentify(ds, SECRET)
+    deidentify(ds, SALT)
     assert saved(ds) == before
 
 
 def test_copies_of_a_series_are_still_a_series():
     files = slices()
-    copies = [deidentify(read_dataset(f), SECRET).to_bytes() for f in files]
+    copies = [deidentify(read_dataset(f), SALT).to_bytes() for f in files]
     a, b = read_series(files), read_series(copies[::-1])
     np.testing.assert_array_equal(a.data, b.data)
     np.testing.assert_array_equal(a.affine, b.affine)
     uids = [str(read_dataset(c).SOPInstanceUID) for c in copies]
     assert len(set(uids)) == 6 and all(len(u) <= 64 and u.startswith("2.25.") for u in uids)
     assert all(read_dataset(c).file_meta.MediaStorageSOPInstanceUID == u for c, u in zip(copies, uids))
-    other = deidentify(read_dataset(files[0]), SECRET[::-1]).dataset
+    other = deidentify(read_dataset(files[0]), SALT[::-1]).dataset
     assert other.SeriesInstanceUID != read_dataset(copies[0]).SeriesInstanceUID and other.PatientID != read_dataset(copies[0]).PatientID
 
 
 def test_what_is_refused_by_the_copier():
-    assert refusal(deidentify, dataset(BurnedInAnnotation="YES"), SECRET) == refusal(deidentify, dataset(BurnedInAnnotation="maybe"), SECRET) == "burned_in"
-    assert deidentify(dataset(BurnedInAnnotation="NO"), SECRET).burned_in == "no"
+    assert refusal(deidentify, dataset(BurnedInAnnotation="YES"), SALT) == refusal(deidentify, dataset(BurnedInAnnotation="maybe"), SALT) == "burned_in"
+    assert deidentify(dataset(BurnedInAnnotation="NO"), SALT).burned_in == "no"
     overlay = dataset()
     overlay.add_new((0x6000, 0x0102), "US", 12)
-    assert refusal(deidentify, overlay, SECRET) == "burned_in"
-    assert refusal(deidentify, dataset(), "short") == "secret" and refusal(deidentify, dataset(), SECRET, dates="keep") == "unsupported"
+    assert refusal(deidentify, overlay, SALT) == "burned_in"
+    assert refusal(deidentify, dataset(), "short") == "secret" and refusal(deidentify, dataset(), SALT, dates="keep") == "unsupported"
     spoken = io.BytesIO()
     Image.fromarray(np.zeros((40, 48), "uint8")).save(spoken, "JPEG", comment=b"Mustermann, Erika")
     ds = dataset(np.zeros((40, 48), "uint8"), 8)
     ds.file_meta.TransferSyntaxUID, ds.PixelData = JPEGBaseline8Bit, encapsulate([spoken.getvalue()])
     ds["PixelData"].VR = "OB"
-    assert refusal(deidentify, ds, SECRET) == "burned_in"
+    assert refusal(deidentify, ds, SALT) == "burned_in"
 
 
 def test_nothing_quotes_the_patient(caplog):
@@ -345,7 +345,7 @@ def test_nothing_quotes_the_patient(caplog):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         texts = []
-        for call in (read_series, read_frames, lambda d: deidentify(read_dataset(d), SECRET).to_bytes(), lambda d: patient_key(read_dataset(d), SECRET)):
+        for call in (read_series, read_frames, lambda d: deidentify(read_dataset(d), SALT).to_bytes(), lambda d: patient_key(read_dataset(d), SALT)):
             for data in (wrong, raw[:-50], raw.replace(b"MONOCHROME2 ", b"Mustermann X")):
                 try: out = call(data)
                 except PhoenixError as e:

@@ -18,7 +18,7 @@ from phoenix.settings import PhoenixError
 R, A, S = np.mgrid[-36:37:3., -45:46:3., -36:37:6.]
 HEAD = ((R / 30) ** 2 + (A / 40) ** 2 + (S / 33) ** 2 < 1) * (400 + 2 * A)
 GRID = np.array([[3., 0, 0, -36], [0, 3, 0, -45], [0, 0, 6, -36], [0, 0, 0, 1]])
-SECRET = "a secret of the tests, 0123456789"
+SALT = "a secret of the tests, 0123456789"
 
 
 def volume(path, add=0, data=None):
@@ -62,9 +62,9 @@ def test_the_pixels_are_the_voxels(source, tmp_path):
 def test_the_same_twice_and_under_a_secret(source, tmp_path):
     for name in "ab": export_slices(source, tmp_path / name, n=2)
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    export_slices(source, tmp_path / "c", n=2, salt=SECRET, patient=r"[A-Z][a-z]+\d+")
+    export_slices(source, tmp_path / "c", n=2, salt=SALT, patient=r"[A-Z][a-z]+\d+")
     shutil.rmtree(source / "healthy")
-    export_slices(source, tmp_path / "d", n=2, salt=SECRET, patient=r"[A-Z][a-z]+\d+")
+    export_slices(source, tmp_path / "d", n=2, salt=SALT, patient=r"[A-Z][a-z]+\d+")
     c, d = (build_manifest(tmp_path / x, progress=False).table for x in "cd")
     assert set(d.patient) < set(c.patient) and len(set(d.patient)) == 1
     with pytest.raises(PhoenixError, match="16 bytes"): export_slices(source, tmp_path / "e", salt="short")
@@ -145,7 +145,7 @@ def test_dicom_series_and_the_command(tmp_path):
             folder = tmp_path / "in/glioma"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"IM{hash((series, k)) % 10 ** 9}").write_bytes(raw)
-    (tmp_path / "salt").write_text(SECRET + "\n")
+    (tmp_path / "salt").write_text(SALT + "\n")
     args = ["data", "slices", str(tmp_path / "in"), "--output-dir", str(tmp_path / "out"), "--per-volume", "3", "--salt-file", str(tmp_path / "salt"), "--json"]
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output

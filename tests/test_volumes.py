@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from phoenix.data.volumes import (VOLUME_KINDS, VolumeError, choose_slices, index_at, make_volume, nearest_axes, plot_planes,
-                                  read_nifti, slice_mm, stack_slices, take_slice)
+                                  read_nifti, stack_slices, take_slice)
 from phoenix.keys import rng
 from phoenix.settings import PhoenixError
 
