@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import hmac
 import io
+import logging
 import math
 import struct
 import warnings
@@ -57,10 +58,14 @@ def _pydicom():
 
 @contextmanager
 def _quiet():
-    "pydicom quotes odd values in its warnings, and a value may be a name: no warnings, no validation of values"
-    with _pydicom().config.disable_value_validation(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    "pydicom quotes odd values in warnings and in its log, and a value may be a name: inside, it does neither"
+    log = logging.getLogger("pydicom")
+    before, log.disabled = log.disabled, True
+    try:
+        with _pydicom().config.disable_value_validation(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally: log.disabled = before
 
 
 @contextmanager
@@ -513,6 +518,8 @@ def _action(e, name, days):
     if name in _EMPTIED: return "emptied"
     if e.VR == "UI": return "kept" if all(str(u).startswith("1.2.840.10008.") for u in _many(e.value)) else "hashed"
     if name in _ENTERED and e.VR == "SQ": return "entered"
+    if name == "SpecificCharacterSet" and not set(_many(e.value)) <= set(_pydicom().charset.python_encoding):
+        return "removed"
     if name in _KEPT: return "kept"
     return "kept" if e.VR in _NUMBERS and e.tag.group in _NUMBER_GROUPS and _numeric(e) else "removed"
 
