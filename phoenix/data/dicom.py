@@ -255,7 +255,7 @@ class Place(NamedTuple):
     across:np.ndarray # `(3,)` unit step to the next column
     down:np.ndarray # `(3,)` unit step to the next row
     pixel_mm:tuple # between columns, between rows
-    thick_mm:float # between slices as the file says, 0 when it doesn't
+    thick_mm:float # thickness of the slice, 0 when the file doesn't say
     size:tuple # rows, columns
 
 
@@ -264,7 +264,7 @@ def _place(flat, size):
     try:
         position, turn = [np.array([float(x) for x in flat.get(k)]) for k in _WANTED[:2]]
         row_mm, column_mm = [float(x) for x in flat.PixelSpacing]
-        thick = float(flat.get("SpacingBetweenSlices") or flat.get("SliceThickness") or 0)
+        thick = float(flat.get("SliceThickness") or flat.get("SpacingBetweenSlices") or 0)
         across, down = turn.reshape(2, 3)
         good = len(position) == 3 and np.isfinite([*position, *turn, row_mm, column_mm, thick]).all()
         good = good and np.abs(np.array([across @ across - 1, down @ down - 1, across @ down])).max() < .01
@@ -376,10 +376,9 @@ def _to_volume(sets, places, order, step, values, max_megavoxels):
     lps = np.eye(4)
     lps[:3, :3] = np.column_stack([first.across * first.pixel_mm[0], first.down * first.pixel_mm[1], step])
     lps[:3, 3] = first.position
-    real, said = float(np.linalg.norm(step)), first.thick_mm
-    between = "SpacingBetweenSlices" in _frame(sets[0], 0)
-    doubts = (f"slices lie {real:.2f} mm apart, the file says {said:.2f}",
-              ) if between and abs(real - said) > .05 * said else ()
+    real, said = float(np.linalg.norm(step)), abs(float(_frame(sets[0], 0).get("SpacingBetweenSlices") or 0))
+    unkept = said and len(places) > 1 and abs(real - said) > .05 * said
+    doubts = (f"slices lie {real:.2f} mm apart, the file says {said:.2f}",) if unkept else ()
     facts = dict(format="DICOM", modality=str(sets[0].get("Modality", "")), values=values, files=len(sets),
                  frames=len(places),
                  stored_shape=(rows, columns, len(places)), transfer_syntax=sets[0].file_meta.TransferSyntaxUID.name,
@@ -408,7 +407,7 @@ def read_series(
     values:str="rescaled", # 'rescaled', 'stored' or 'windowed', as in `read_frames`
     max_megavoxels:float=256., # cap of the volume, checked before anything is decoded
 )->Volume: # in RAS order
-    "One DICOM series as a volume, ordered by position, or `DicomError`"
+    "One DICOM series as a volume, ordered by position, or a `VolumeError`"
     sets = [read_dataset(s) for s in _sources(source, series)]
     if len(keys := {series_key(ds) for ds in sets}) != 1:
         raise DicomError(f"files of a volume must be of one series, got {len(keys)}: group them with find_series",
