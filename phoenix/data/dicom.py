@@ -443,10 +443,10 @@ def patient_key(
     salt:str|bytes, # secret of 16 bytes or more, kept apart from the images
 )->str: # 'p' and 16 hexadecimal digits; '' when the file names no patient
     "A patient's pseudonym: the same for all files of the patient under the same secret"
-    with _guarded("a patient's number"): said = [str(dataset.get(k) or "").strip() for k in ("IssuerOfPatientID",
-                                                                                             "PatientID")]
-    key = keyed(salt, "patient", "\0".join(said), 16)
-    return f"p{key}" if said[1] else ""
+    with _guarded("a patient's number"):
+        issuer, number = [str(dataset.get(k) or "").strip() for k in ("IssuerOfPatientID", "PatientID")]
+    key = keyed(salt, "patient", f"{issuer}\0{number}", 16)
+    return f"p{key}" if number else ""
 
 # %% ../../nbs/10b_data.dicom.ipynb #f0e8da8c
 _EMPTIED = {"StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "PatientBirthDate", "PatientSex",
