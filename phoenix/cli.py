@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_audit', 'data_duplicates',
-           'split_make', 'split_verify', 'train', 'evaluate', 'export', 'quantize', 'bench', 'predict', 'run', 'verify']
+           'data_slices', 'split_make', 'split_verify', 'train', 'evaluate', 'export', 'quantize', 'bench', 'predict',
+           'run', 'verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -180,6 +181,31 @@ def _leak_text(leak):
     "The leak as text, one line a kind of twin"
     flat = [dict(twin=k, images=str(v)) for k, v in leak.items() if not isinstance(v, dict)]
     return lines(flat)
+
+# %% ../nbs/91_cli.ipynb #00f41968
+@command(data_app, "slices", "phoenix data slices volumes --output-dir data/raw/slices --plane axial --per-volume 8")
+def data_slices(
+    source:Path, # folder with NIfTI files, DICOM series or both; the first folder below it is the label
+    output_dir:Path=Path("data/raw/slices"), # raw folder to make; new or empty
+    plane:str="axial", # 'axial', 'coronal' or 'sagittal'
+    per_volume:int=0, # most slices of a volume, evenly spaced; 0 = all that show something
+    labels:str="folder", # 'folder', or 'mask': tumor and no_tumor by the volume's mask
+    mask:str="", # how a mask's path differs from its volume's, such as T1W=mask
+    patient:str="", # regular expression for the patient in a NIfTI path; each file is one when empty
+    salt_file:Path|None=None, # file with the secret for hashing patients; they are numbered without it
+)->Reply: # pictures by label, what was left out, and doubts about the volumes
+    "Make a folder of 16-bit pictures with manifest.csv from NIfTI or DICOM volumes"
+    from phoenix.data.slices import export_slices
+    if salt_file and not salt_file.is_file():
+        raise PhoenixError("The salt must be in a file, this is none; make one with `openssl rand -hex 32 > salt.txt`")
+    salt = salt_file.read_text().strip() if salt_file else ""
+    made = export_slices(source, output_dir, plane=plane, n=per_volume, labels=labels, mask=mask, patient=patient,
+                         salt=salt)
+    facts = dict(folder=str(made.folder), volumes=made.volumes, patients=made.patients, slices=made.slices,
+                 left_out=made.left_out, doubts=made.doubts)
+    text = (f"{sum(made.slices.values())} slices of {made.volumes} volumes, {made.patients} patients, in "
+            f"{made.folder}\n" + lines([dict(label=k, slices=str(v)) for k, v in made.slices.items()]))
+    return Reply(facts, text + "".join(f"\n{v} volumes: {k}" for k, v in made.doubts.items()))
 
 # %% ../nbs/91_cli.ipynb #d8733d66
 @command(split_app, "make", "phoenix split make data/raw/phantom --output split.json")

@@ -48,8 +48,8 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
     (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (0, b"BM", "BMP"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
-    (128, b"DICM", "DICOM"), (344, b"n+1\0", "NIfTI"), (344, b"ni1\0", "NIfTI"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"),
+    (128, b"DICM", "DICOM"), (344, b"n+1\0", "NIfTI"), (344, b"ni1\0", "NIfTI"), (4, b"n+2\0\r\n\x1a\n", "NIfTI"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"),
     (0, b"%PDF", "PDF"), (0, b"\x1f\x8b", "gzip"), (0, b"PK\x03\x04", "zip"))
 
 # %% ../../nbs/10_data.pixels.ipynb #faa5f420
@@ -177,11 +177,17 @@ def _bytes(source, max_megapixels):
     if not source: raise PixelError("a picture has bytes, this file is empty: copy it again", "empty")
     return bytes(source)
 
+_NEXT_STEP = {"DICOM": "make pictures of the series' folder with `phoenix data slices`",
+              "NIfTI": "make pictures of its folder with `phoenix data slices`",
+              "gzip": "a folder of .nii.gz volumes becomes pictures with `phoenix data slices`, other files "
+                      "are unpacked"}
+
 def _format(data):
     "The supported format of `data`, or a refusal that names what it is"
     name = sniff(data)
     if name in FORMATS: return name
-    if name: raise PixelError(f"a picture must be {', '.join(FORMATS)}, this is {name}: convert it", "unsupported")
+    step = _NEXT_STEP.get(name, "convert it")
+    if name: raise PixelError(f"a picture must be {', '.join(FORMATS)}, this is {name}: {step}", "unsupported")
     raise PixelError(f"a picture must be {', '.join(FORMATS)}, these bytes are none of them: remove the file or fetch "
                      "it again", "not_an_image")
 
