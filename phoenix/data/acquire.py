@@ -17,9 +17,11 @@ import os
 import re
 import shutil
 import stat
+import struct
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -254,7 +256,7 @@ def _wraps(folder):
     "Whether classes or splits lie directly inside"
     return any(p.is_dir() and (_is_class(p.name) or p.name.lower() in _SPLITS) for p in folder.iterdir())
 
-# %% ../../nbs/12_data.acquire.ipynb #e0847464
+# %% ../../nbs/12_data.acquire.ipynb #87b45b13
 def _set_name(folder):
     "What `acquire` called the set in `folder`, or the folder's own name"
     try: said = json.loads((folder/"metadata.json").read_text(encoding="utf-8"))["acquired"]["source"]
@@ -317,31 +319,52 @@ class ArchiveLimits:
                                "goes beyond and looks like a bomb: unpack it yourself if you trust it, give the folder")
 
 # %% ../../nbs/12_data.acquire.ipynb #2e9d936e
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
+
+def _bad_part(part):
+    "Whether one name of a path means something else on some system, or looks like what it is not"
+    hidden = any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") for c in part)
+    return hidden or ":" in part or part[-1] in ". " or bool(_RESERVED.fullmatch(part)) or len(part.encode()) > 255
+
 def _safe_name(name, limits):
     "The parts of a member's name, if it can only land below the target"
+    plain = unicodedata.normalize("NFKC", name) # what a system or a reader may make of it
     parts = PurePosixPath(name).parts
-    bad = (not name or name.startswith("/") or "\\" in name or ".." in name.split("/") or re.match(r"[A-Za-z]:", name)
-           or any(ord(c) < 32 or ord(c) == 127 for c in name) or any(len(p.encode()) > 255 for p in parts)
+    bad = (not parts or any(n.startswith("/") or "\\" in n or ".." in n.split("/") for n in (name, plain))
+           or plain.count("/") != name.count("/") or any(map(_bad_part, parts))
            or len(parts) > limits.depth or len(name) > 1000)
     if bad:
         raise AcquireError(f"members of an archive must be plain relative paths, got {name[:80]!r}: "
                            "nothing was unpacked; get the archive from its source again")
     return PurePosixPath(*parts)
 
+def _same_place(name):
+    "What a disk that ignores case and the spelling of accents makes of a path"
+    return unicodedata.normalize("NFC", str(name)).casefold()
+
 # %% ../../nbs/12_data.acquire.ipynb #ad2cfef8
 def _refuse_kind(name, kind):
     raise AcquireError(f"an archive must hold files and folders only, {name[:80]!r} is {kind}: nothing was unpacked; "
                        "pack the pictures again without it")
 
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+def _share_bytes(infos):
+    "Whether two members of a zip lie over each other"
+    spans = sorted((i.header_offset, i.header_offset + 30 + len(i.orig_filename) + i.compress_size) for i in infos)
+    return any(end > start for (_, end), (start, _) in zip(spans, spans[1:]))
+
 def _zip_members(path, limits):
     "Name, size and an opened reader (None for a folder) of each member of a zip, each checked"
     with zipfile.ZipFile(path) as z:
         packed, total, infos = path.stat().st_size, 0, z.infolist()
+        if _share_bytes(infos): _refuse_kind(path.name, "made of members that lie over each other")
         for n, i in enumerate(infos, 1):
             kind = stat.S_IFMT(i.external_attr >> 16)
             name = _safe_name(i.orig_filename, limits)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR): _refuse_kind(i.orig_filename, "a link or a device")
             if i.flag_bits & 1: _refuse_kind(i.orig_filename, "encrypted")
+            if i.compress_type not in _METHODS: _refuse_kind(i.orig_filename, f"packed by method {i.compress_type}")
             total += i.file_size
             limits.check(n, total, packed)
             yield name, i.file_size, None if i.is_dir() else lambda i=i: z.open(i)
@@ -402,7 +425,8 @@ def _damage(path):
     "Turn what the archive readers raise into one refusal"
     try: yield
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError,
-            RuntimeError, OverflowError) as e:
+            RuntimeError, OverflowError, ValueError, KeyError, IndexError, struct.error) as e:
+        if isinstance(e, PhoenixError): raise
         raise AcquireError(f"{path.name} must unpack to its end, it stopped with {type(e).__name__} ({e}): "
                            "fetch it again") from e
 
@@ -416,14 +440,13 @@ def check_archive(
     files, folders, total = set(), set(), 0
     with _damage(Path(path)):
         for name, size, reader in _members(Path(path), limits):
-            if reader is None:
-                folders.add(name)
-                continue
-            if name in files: _refuse_kind(str(name), "there twice")
-            files.add(name)
-            folders |= set(name.parents)
-            total += size
-    if clash := files & folders: _refuse_kind(str(sorted(clash)[0]), "a file and a folder at once")
+            if reader is None: folders |= {_same_place(p) for p in (name, *name.parents)}
+            else:
+                if (place := _same_place(name)) in files: _refuse_kind(str(name), "there twice")
+                files.add(place)
+                folders |= {_same_place(p) for p in name.parents}
+                total += size
+    if clash := files & folders: _refuse_kind(sorted(clash)[0], "a file and a folder at once")
     return dict(files=len(files), bytes=total)
 
 # %% ../../nbs/12_data.acquire.ipynb #4e095fcf
@@ -635,7 +658,7 @@ def acquire(
         return build_manifest(Path(source), workers=workers, progress=progress, patient_rule=patient_rule)
     return _settle(Path(out_dir), *recipe, progress, workers, patient_rule)
 
-# %% ../../nbs/12_data.acquire.ipynb #66d8d42a
+# %% ../../nbs/12_data.acquire.ipynb #ab162732
 def keep_patients(
     folder:Path, # a raw folder, acquired or your own
     rule:PatientRule, # tried with `preview_patients` before
