@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 import phoenix.data.acquire as module
-from phoenix.data.audit import audit
 from phoenix.data.acquire import AcquireError, ArchiveLimits, Manifest, acquire, build_manifest, check_archive, find_credentials
+from phoenix.data.audit import audit
 
 
 def png(level=90, size=8):
@@ -811,7 +811,7 @@ def test_another_archive_under_the_same_name(kaggle):
     assert "MIT" in about["licence"] and "Bhuvaji" in about["citation"] and about["acquired"]["version"] == 3
     found = audit(build_manifest(kaggle.out, progress=False))
     assert m.source == "kaggle:sartajbhuvaji/brain-tumor-classification-mri"
-    assert "3264 files of the published files are missing" in found.of("drift_missing")[0].message and len(found.of("drift_extra")[0].others) == 2
+    assert "3264 published files are missing" in found.of("drift_missing")[0].message and len(found.of("drift_extra")[0].others) == 2
 
 
 def test_kaggle_cache_that_cannot_be_written(kaggle, tmp_path):

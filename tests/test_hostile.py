@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from phoenix.data.pixels import KINDS, pixels_sha256, read_pixels

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import phoenix
-from ..records import sha256_bytes, write_bytes
+from ..records import write_bytes
 from ..settings import PhoenixError, did_you_mean
 
 # %% ../../nbs/11b_data.known.ipynb #6bce03a9
@@ -120,9 +120,9 @@ class Drift:
         first:int=3, # paths named in each
     )->dict: # 'changed', 'missing', 'extra' → one sentence
         "What differs, with counts and the first paths"
-        said = dict(changed="have other bytes than the published ones", missing="of the published files are missing",
-                    extra="were not published with the set")
-        return {k: f"{len(paths)} files {text}, first {', '.join(paths[:first])}" for k, text in said.items()
+        said = dict(changed="files have other bytes than the published ones", missing="published files are missing",
+                    extra="files were not published with the set")
+        return {k: f"{len(paths)} {text}, first {', '.join(paths[:first])}" for k, text in said.items()
                 if (paths := getattr(self, k))}
 
     def __str__(self):

@@ -69,7 +69,7 @@ CONVENTIONS = {
     "folder": r"(?P<patient>[^/]+)/[^/]+$"}
 
 # %% ../../nbs/11a_data.patients.ipynb #ab30d345
-def _group(match): return match["patient"] or ""
+def _group(match): return (match["patient"] or "").strip()
 
 def _by_pattern(rule, paths):
     "For each path the set of patients that the pattern finds in it"
@@ -163,8 +163,8 @@ def _from_table(path):
         raise PatientError(f"{path.name} must have one of the columns {', '.join(_KEYS)}, and patient or fold, got "
                            f"{', '.join(t.columns)}: rename them")
     blank = [""] * len(t)
-    rows = [tuple(x.strip() for x in r) for r in zip(t[kinds[0]], t.get("patient", blank), t.get("fold", blank))]
-    if kinds[0] == "file": rows = [(PurePosixPath(k).as_posix() if k else "", p, f) for k, p, f in rows]
+    rows = [(k, p.strip(), f.strip()) for k, p, f in zip(t[kinds[0]], t.get("patient", blank), t.get("fold", blank))]
+    if kinds[0] == "file": rows = [(PurePosixPath(k).as_posix() if k.strip() else "", p, f) for k, p, f in rows]
     for n, (key, _, fold) in enumerate(rows, 2): _line(path.name, n, key, kinds[0], fold)
     if len({k for k, *_ in rows}) < len(rows):
         raise PatientError(f"{path.name} must name each {kinds[0]} once, some stand there twice: remove one")
