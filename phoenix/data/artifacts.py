@@ -10,7 +10,7 @@ __all__ = ['AXES', 'ARTEFACTS', 'ArtefactError', 'strengths', 'along_phase', 'no
            'curve_coefficients', 'scanner_curve', 'bspline_displacement', 'elastic_bspline', 'periodic_motion',
            'Artefact']
 
-# %% ../../nbs/18a_data.artifacts.ipynb #df08f2e5
+# %% ../../nbs/18a_data.artifacts.ipynb #d5337d5a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from torch import Tensor
 from .physics import _grid, _linear, look_up, normal, warp
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18a_data.artifacts.ipynb #40c86e71
+# %% ../../nbs/18a_data.artifacts.ipynb #133cc193
 class ArtefactError(PhoenixError):
     "An artefact that no scanner could make"
 
@@ -43,7 +43,7 @@ def strengths(
     draws = [span[0] + (span[1] - span[0])*g.random() for g in gens]
     return torch.tensor(draws, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #85d34303
+# %% ../../nbs/18a_data.artifacts.ipynb #715531f5
 AXES = ('vertical', 'horizontal', 'either')
 
 
@@ -67,7 +67,7 @@ def along_phase(
         y[rows] = part.transpose(2, 3) if turn else part
     return y
 
-# %% ../../nbs/18a_data.artifacts.ipynb #8472469f
+# %% ../../nbs/18a_data.artifacts.ipynb #bfcc7847
 @lru_cache(maxsize=16)
 def _chi_square(freedom:int)->Tensor:
     "The 65,536 equally likely quantiles of a χ² distribution"
@@ -90,7 +90,7 @@ def noncentral_chi(
     rest = look_up(gens, (1, *x.shape[-2:]), _chi_square(2*coils - 1), x.device).mul_(s*s)
     return signal.square_().add_(rest).sqrt_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #4b9c18e9
+# %% ../../nbs/18a_data.artifacts.ipynb #f52b8295
 @lru_cache(maxsize=32)
 def _bsplines(n:int, cells:int)->np.ndarray:
     "Weights of the `cells` + 3 cubic B-splines of a lattice at `n` pixel centres, `(n,cells+3)`"
@@ -117,7 +117,7 @@ def bspline_gain(
     field *= s[:, 0]/field.abs().amax((1, 2), keepdim=True)
     return field.add_(1)[:, None]
 
-# %% ../../nbs/18a_data.artifacts.ipynb #511308f7
+# %% ../../nbs/18a_data.artifacts.ipynb #c3a10238
 def bspline_bias(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -129,7 +129,7 @@ def bspline_bias(
     if not max(strength): return x
     return (x*bspline_gain(x.shape[-2:], gens, strength, cells=cells, device=x.device)).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #5ee1a900
+# %% ../../nbs/18a_data.artifacts.ipynb #9d8f88a8
 def mix_poses(
     x:Tensor, # the head in its first pose, `(B,C,H,W)`; phase encoding along the last axis
     moved:Sequence[Tensor], # the head in its other poses, each like `x`
@@ -147,11 +147,11 @@ def mix_poses(
         imag.addcmul_(change, (a - b)/2*-1j)
     return torch.hypot(torch.fft.irfft(real, n), torch.fft.irfft(imag, n))
 
-# %% ../../nbs/18a_data.artifacts.ipynb #8ebc152c
+# %% ../../nbs/18a_data.artifacts.ipynb #3834b7ec
 def _sudden(g:np.random.Generator, n:int, jumps:int)->tuple[np.ndarray, np.ndarray]:
     "Poses in units of the amount `(jumps,3)`, and the pose of each line `(n,)`"
-    time = .9*np.sort(g.random(jumps))
-    part = np.searchsorted(time + .1*(time > .45), (np.arange(n) + .5)/n)
+    time = np.sort(.5 + (.05 + .45*g.random(jumps)**2)*g.choice([-1, 1], jumps))
+    part = np.searchsorted(time, (np.arange(n) + .5)/n)
     pose, turn = g.uniform(0, 2*np.pi, jumps), g.uniform(.5, 1, jumps)*g.choice([-1, 1], jumps)
     order = np.insert(np.arange(1, jumps + 1), part[n//2], 0)
     return np.stack([turn, np.cos(pose), np.sin(pose)], 1), order[part]
@@ -166,7 +166,7 @@ def _periodic(g:np.random.Generator, n:int, steps:int)->tuple[np.ndarray, np.nda
     return level[:, None]*[turn, np.cos(pose), np.sin(pose)], np.where(nearest < 0, nearest + steps + 1,
                                                                        nearest + steps*(nearest > 0))
 
-# %% ../../nbs/18a_data.artifacts.ipynb #6d6a5417
+# %% ../../nbs/18a_data.artifacts.ipynb #8b97f79d
 def motion(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -191,7 +191,7 @@ def motion(
         return mix_poses(x, moved, torch.from_numpy(lines).to(x.device))
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #132da367
+# %% ../../nbs/18a_data.artifacts.ipynb #1bdec6e9
 def ghosting(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -214,7 +214,7 @@ def ghosting(
         return real.addcmul_(ghosts.mul_(phase.sin()), ghosts).sqrt_()
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #5523514b
+# %% ../../nbs/18a_data.artifacts.ipynb #f9b97093
 def gibbs(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -228,7 +228,7 @@ def gibbs(
     keep = (rows[:, None].abs() <= (1 - s)*h/2) & (cols <= (1 - s)*w/2)
     return torch.fft.irfft2(torch.fft.rfft2(x.float()).mul_(keep), (h, w)).abs_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #4a4d351c
+# %% ../../nbs/18a_data.artifacts.ipynb #99d0b828
 def spikes(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -252,7 +252,7 @@ def spikes(
     imag = torch.bmm(rows, torch.cat([cols.imag, cols.real], 1))[:, None]
     return real.add(x).square_().addcmul_(imag, imag).sqrt_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #e42ae6ee
+# %% ../../nbs/18a_data.artifacts.ipynb #d6a3a94d
 def aliasing(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -274,7 +274,7 @@ def aliasing(
         return y
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #2481fc0f
+# %% ../../nbs/18a_data.artifacts.ipynb #56653e57
 def zipper(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -297,7 +297,7 @@ def zipper(
         return y
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #38519a06
+# %% ../../nbs/18a_data.artifacts.ipynb #a2cff3ea
 @lru_cache(maxsize=512)
 def _blocks(n:int, m:int)->tuple[Tensor, Tensor]:
     "Means of `m` blocks over `n` pixels `(m,n)`, and how the blocks cover the pixels `(n,m)`"
@@ -320,35 +320,36 @@ def low_resolution(
         torch.matmul(up @ (down @ a @ left.T), right.T, out=b)
     return y.clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #f1d91015
+# %% ../../nbs/18a_data.artifacts.ipynb #b5ee05be
 def curve_coefficients(
     gens:list[np.random.Generator], # one generator per sample
-    amount:tuple[float, float]=(.1, 1.), # range of the largest log ratio of a rise to the even one, 0 to 3
+    amount:tuple[float, float]=(.1, .6), # range of the way from no change to a wild curve, 0 to 1
     degree:int=5, # of the polynomial
 )->np.ndarray: # float64 `(B,degree)`, coefficients of t, t², …
     "Coefficients of random rising curves from (0, 0) to (1, 1)"
-    s = strengths('amount', amount, gens, 3).flatten().numpy()
-    rise = np.exp(s[:, None]*np.stack([g.uniform(-1, 1, degree) for g in gens]))
-    bernstein = np.insert(rise.cumsum(1)/rise.sum(1, keepdims=True), 0, 0, 1)
+    s = strengths('amount', amount, gens).view(-1, 1).double().numpy()
+    rise = np.exp(2*np.stack([g.uniform(-1, 1, degree) for g in gens]))
+    rise = (1 - s)/degree + s*rise/rise.sum(1, keepdims=True)
+    bernstein = np.insert(rise.cumsum(1), 0, 0, 1)
     power = np.array([[math.comb(degree, i)*math.comb(i, k)*(-1.)**(i - k) if k <= i else 0
                        for k in range(degree + 1)] for i in range(degree + 1)])
     return (bernstein @ power.T)[:, 1:]
 
-# %% ../../nbs/18a_data.artifacts.ipynb #6370deab
+# %% ../../nbs/18a_data.artifacts.ipynb #be1b5577
 def scanner_curve(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
-    amount:tuple[float, float]=(.1, 1.), # range of the largest log ratio of a rise to the even one, 0 to 3
+    amount:tuple[float, float]=(.1, .6), # range of the way from no change to a wild curve, 0 to 1
 )->Tensor: # pixels in [0, 1]
     "A smooth rising curve of the grey scale that keeps black and white"
-    if strengths('amount', amount, [], 3) is None: return x
+    if strengths('amount', amount, []) is None: return x
     c = torch.from_numpy(curve_coefficients(gens, amount).astype(np.float32)).to(x.device)
     c, x_ = c[:, :, None, None, None], x.float()
     y = x_*c[:, -1] + c[:, -2]
     for i in range(c.shape[1] - 3, -1, -1): y.mul_(x_).add_(c[:, i])
     return y.mul_(x_).clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #2e65b8fb
+# %% ../../nbs/18a_data.artifacts.ipynb #4ab0202a
 def bspline_displacement(
     size:tuple[int, int], # height and width, pixels
     gens:list[np.random.Generator], # one generator per sample
@@ -381,7 +382,7 @@ def elastic_bspline(
     if not max(amount): return x
     return warp(x, bspline_displacement(x.shape[-2:], gens, amount, cells=cells, own=True, device=x.device))
 
-# %% ../../nbs/18a_data.artifacts.ipynb #ae23ec59
+# %% ../../nbs/18a_data.artifacts.ipynb #54a6da38
 def periodic_motion(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -395,7 +396,7 @@ ARTEFACTS = dict(coils=noncentral_chi, bias=bspline_bias, motion=motion, sway=pe
                  gibbs=gibbs, spikes=spikes, aliasing=aliasing, zipper=zipper, resolution=low_resolution,
                  curve=scanner_curve)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #f0194e9c
+# %% ../../nbs/18a_data.artifacts.ipynb #5e055d5a
 @dataclass(frozen=True)
 class Artefact:
     "A kind of `ARTEFACTS` with its chance and its range of strengths"
