@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.severity.html.md"""
 # %% auto #0
 __all__ = ['STRENGTHS', 'KINDS', 'SeverityError', 'corrupt', 'severity_keys', 'psnr', 'severity_grid']
 
-# %% ../../nbs/18c_data.severity.ipynb #64325636
+# %% ../../nbs/18c_data.severity.ipynb #08425f7b
 from types import MappingProxyType
 
 import numpy as np
@@ -18,7 +18,7 @@ from .artifacts import ARTEFACTS, elastic_bspline
 from .physics import generators, rician
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18c_data.severity.ipynb #09af9f17
+# %% ../../nbs/18c_data.severity.ipynb #d8a57560
 class SeverityError(PhoenixError):
     "A corruption that is not on the list"
 
@@ -39,7 +39,7 @@ STRENGTHS = MappingProxyType(dict(
     elastic=(.1, .18, .27, .37, .47))) # largest push, share of the lattice spacing
 KINDS = MappingProxyType({'noise': rician, **ARTEFACTS, 'elastic': elastic_bspline})
 
-# %% ../../nbs/18c_data.severity.ipynb #e978681f
+# %% ../../nbs/18c_data.severity.ipynb #fa7deb66
 def corrupt(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     kind:str, # a name of `KINDS`, such as 'motion'
@@ -53,7 +53,7 @@ def corrupt(
     strength = (0., *STRENGTHS[kind])[severity]
     return KINDS[kind](x, gens, (strength, strength))
 
-# %% ../../nbs/18c_data.severity.ipynb #13ab8a81
+# %% ../../nbs/18c_data.severity.ipynb #3b2c71a5
 def severity_keys(
     kind:str, # a name of `KINDS`
     indices:list[int], # one stable number per sample
@@ -70,14 +70,15 @@ def psnr(
     "Peak signal-to-noise ratio for a peak of 1"
     return -10*(x.float() - y.float()).square().mean((1, 2, 3)).log10()
 
-# %% ../../nbs/18c_data.severity.ipynb #0b02e93f
+# %% ../../nbs/18c_data.severity.ipynb #fe0ed643
 def severity_grid(
     x:Tensor, # pixels in [0, 1], `(1,1,H,W)`
-    kinds:list[str]|None=None, # rows, all kinds when not given
+    kinds:list[str], # rows, names of `KINDS`
     *,
+    levels:tuple[int, ...]=(0, 1, 2, 3, 4, 5), # columns, severities
     seed:int=0, # seed of the keys
-)->tuple[list[Tensor], list[str]]: # images and titles for `show_grid`, six a row
-    "The clean image and its five severities, one row per kind"
-    rows = [(k, s) for k in (kinds or KINDS) for s in range(6)]
+)->tuple[list[Tensor], list[str]]: # images and titles for `show_grid`
+    "One row per kind, one column per severity"
+    rows = [(k, s) for k in kinds for s in levels]
     images = [corrupt(x, k, s, severity_keys(k, [0], seed))[0, 0] for k, s in rows]
-    return images, [k if not s else f'severity {s}' for k, s in rows]
+    return images, [f'{k} {s}' if s else k for k, s in rows]
