@@ -71,7 +71,7 @@ class Augment:
     )->'Augment': # the chain for a network that must travel to other hospitals
         "The default chain with wider ranges, B-splines, and each fault of a scanner in one image of ten"
         faults = dict(coils=(.01, .03), bias=(0, .5), motion=(1, 4), sway=(1, 3), ghosting=(.05, .2), gibbs=(.3, .6),
-                      spikes=(.02, .08), aliasing=(.05, .2), zipper=(.1, .4), resolution=(.2, .5), curve=(.2, 1.))
+                      spikes=(.02, .08), aliasing=(.05, .2), zipper=(.1, .4), resolution=(.2, .5), curve=(.1, .6))
         return replace(cls.default(side), rotate=15, scale=.15, bias=.5, gain=.2, gamma=.4, noise=(.01, .05),
                        p_noise=.5, p_spline=.3, artefacts=tuple(Artefact(k, .1, s) for k, s in faults.items()))
 
@@ -97,7 +97,7 @@ def _source(self:Augment, size:tuple[int, int], draw:Callable, device:torch.devi
         if chosen: source.index_add_(0, torch.tensor([at[r] for r in chosen], device=device), shift())
     return rows, source
 
-# %% ../../nbs/18b_data.augment.ipynb #346c08e7
+# %% ../../nbs/18b_data.augment.ipynb #c41fbcdb
 def _drawer(seed:int, epoch:int, indices:Sequence[int])->Callable:
     "A function of step and chance that chooses samples by key, and gives the generators of the chosen"
     def draw(step:str, chance:float)->tuple[list[int], list[np.random.Generator]]:
@@ -116,6 +116,17 @@ def _steps(self:Augment)->list[tuple[str, float, Callable]]:
              lambda x, g: intensity(x, g, self.gain, self.gamma)),
             ('noise', self.p_noise*bool(max(self.noise)), lambda x, g: rician(x, g, self.noise))]
 
+# %% ../../nbs/18b_data.augment.ipynb #b3b2464c
+def _change(self:Augment, x:Tensor, indices:Sequence[int], seed:int, epoch:int)->Tensor:
+    "All steps on a few samples"
+    draw, y = _drawer(seed, epoch, indices), x
+    rows, source = _source(self, y.shape[-2:], draw, y.device)
+    if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), warp(y[rows], source))
+    for step, chance, change in _steps(self):
+        rows, gens = draw(step, chance)
+        if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), change(y[rows], gens))
+    return y
+
 # %% ../../nbs/18b_data.augment.ipynb #fc473596
 @patch
 def __call__(
@@ -130,15 +141,12 @@ def __call__(
     if x.ndim != 4 or not x.is_floating_point() or len(x) != len(indices):
         raise AugmentError(f'a batch must be float (B,C,H,W) with one index per sample, got {x.dtype} '
                            f'{tuple(x.shape)} and {len(indices)} indices: convert the batch first')
-    draw, y = _drawer(seed, epoch, indices), x.as_subclass(Tensor).float()
-    rows, source = _source(self, y.shape[-2:], draw, y.device)
-    if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), warp(y[rows], source))
-    for step, chance, change in _steps(self):
-        rows, gens = draw(step, chance)
-        if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), change(y[rows], gens))
-    return y.to(x.dtype).as_subclass(type(x))
+    plain = x.as_subclass(Tensor).float()
+    size = max(len(x), 1) if x.is_cuda else 8
+    parts = [_change(self, plain[i:i + size], indices[i:i + size], seed, epoch) for i in range(0, len(x), size)]
+    return torch.cat(parts or [plain]).to(x.dtype).as_subclass(type(x))
 
-# %% ../../nbs/18b_data.augment.ipynb #96352673
+# %% ../../nbs/18b_data.augment.ipynb #e88188c4
 @patch
 def source(
     self:Augment,

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.mixing.html.md"""
 # %% auto #0
 __all__ = ['MixingError', 'partners', 'soft_targets', 'mixup', 'cutmix', 'RandAugment']
 
-# %% ../../nbs/18d_data.mixing.ipynb #0a965bb2
+# %% ../../nbs/18d_data.mixing.ipynb #484996ac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .physics import generators
 from .severity import KINDS, STRENGTHS
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18d_data.mixing.ipynb #48675f4e
+# %% ../../nbs/18d_data.mixing.ipynb #208b926a
 class MixingError(PhoenixError):
     "A mixture that has no meaning"
 
@@ -40,7 +40,7 @@ def partners(
     out[order] = np.roll(order, -1)
     return torch.from_numpy(out)
 
-# %% ../../nbs/18d_data.mixing.ipynb #8d595bb2
+# %% ../../nbs/18d_data.mixing.ipynb #762746f8
 def soft_targets(
     y:Tensor, # classes `(B,)`, or shares of the classes `(B,K)`
     n_classes:int, # number of classes, K
@@ -48,7 +48,7 @@ def soft_targets(
     "Labels as shares of the classes"
     return y.float() if y.ndim == 2 else F.one_hot(y.long(), n_classes).float()
 
-# %% ../../nbs/18d_data.mixing.ipynb #80fee9af
+# %% ../../nbs/18d_data.mixing.ipynb #5fcd9080
 def _shares(purpose:str, alpha:float, indices:Sequence[int], seed:int, epoch:int)->tuple[Tensor, list]:
     "The share that each sample keeps `(B,1,1,1)`, and the generators after that draw"
     if not 0 <= alpha < np.inf: raise MixingError(f'alpha must be 0 or more, got {alpha}: 0.2 for MixUp, 1 for CutMix')
@@ -74,7 +74,7 @@ def mixup(
     keep = torch.maximum(keep, 1 - keep).to(x.device)
     return torch.lerp(x[other].float(), x.float(), keep).to(x.dtype), torch.lerp(y[other], y, keep[:, :, 0, 0])
 
-# %% ../../nbs/18d_data.mixing.ipynb #88373273
+# %% ../../nbs/18d_data.mixing.ipynb #869f4296
 def _boxes(keep:Tensor, gens:list, size:tuple[int, int])->Tensor:
     "Pixels that the partner's box covers, bool `(B,1,H,W)`"
     inside = []
@@ -102,7 +102,7 @@ def cutmix(
     area = box.float().mean((1, 2, 3))[:, None]
     return torch.where(box, x[other], x), torch.lerp(y, y[other], area)
 
-# %% ../../nbs/18d_data.mixing.ipynb #abbeb180
+# %% ../../nbs/18d_data.mixing.ipynb #8afb80cd
 @dataclass(frozen=True)
 class RandAugment:
     "A few kinds of physics at one magnitude, chosen anew for each sample by its key"
