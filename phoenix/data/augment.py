@@ -89,15 +89,17 @@ def _source(self:Augment, size:tuple[int, int], draw:Callable, device:torch.devi
     rows = sorted({*move, *bend, *push})
     if not rows: return rows, None
     at = {r: i for i, r in enumerate(rows)}
-    source = torch.stack(torch.broadcast_tensors(*_grid(size, device))).repeat(len(rows), 1, 1, 1)
-    if move:
-        source[[at[r] for r in move]] = affine_coordinates(size, moves, self.rotate, self.scale, self.shift, device)
+    affine = affine_coordinates(size, moves, self.rotate, self.scale, self.shift, device) if move else None
+    if len(move) == len(rows): source = affine
+    else:
+        source = torch.stack(torch.broadcast_tensors(*_grid(size, device))).repeat(len(rows), 1, 1, 1)
+        if move: source[[at[r] for r in move]] = affine
     for chosen, shift in ((bend, lambda: elastic_displacement(size, bends, self.alpha, self.sigma, device)),
                           (push, lambda: bspline_displacement(size, pushes, self.spline, device=device))):
         if chosen: source.index_add_(0, torch.tensor([at[r] for r in chosen], device=device), shift())
     return rows, source
 
-# %% ../../nbs/18b_data.augment.ipynb #c41fbcdb
+# %% ../../nbs/18b_data.augment.ipynb #45c90426
 def _drawer(seed:int, epoch:int, indices:Sequence[int])->Callable:
     "A function of step and chance that chooses samples by key, and gives the generators of the chosen"
     def draw(step:str, chance:float)->tuple[list[int], list[np.random.Generator]]:
@@ -116,15 +118,21 @@ def _steps(self:Augment)->list[tuple[str, float, Callable]]:
              lambda x, g: intensity(x, g, self.gain, self.gamma)),
             ('noise', self.p_noise*bool(max(self.noise)), lambda x, g: rician(x, g, self.noise))]
 
-# %% ../../nbs/18b_data.augment.ipynb #b3b2464c
+# %% ../../nbs/18b_data.augment.ipynb #082ce981
+def _some(y:Tensor, rows:list[int], change:Callable)->Tensor:
+    "Change some samples of a batch; all of them without copies"
+    if len(rows) == len(y): return change(y)
+    return y.index_copy(0, torch.tensor(rows, device=y.device), change(y[rows]))
+
+
 def _change(self:Augment, x:Tensor, indices:Sequence[int], seed:int, epoch:int)->Tensor:
     "All steps on a few samples"
     draw, y = _drawer(seed, epoch, indices), x
     rows, source = _source(self, y.shape[-2:], draw, y.device)
-    if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), warp(y[rows], source))
+    if rows: y = _some(y, rows, lambda y: warp(y, source))
     for step, chance, change in _steps(self):
         rows, gens = draw(step, chance)
-        if rows: y = y.index_copy(0, torch.tensor(rows, device=y.device), change(y[rows], gens))
+        if rows: y = _some(y, rows, lambda y: change(y, gens))
     return y
 
 # %% ../../nbs/18b_data.augment.ipynb #fc473596
@@ -146,7 +154,7 @@ def __call__(
     parts = [_change(self, plain[i:i + size], indices[i:i + size], seed, epoch) for i in range(0, len(x), size)]
     return torch.cat(parts or [plain]).to(x.dtype).as_subclass(type(x))
 
-# %% ../../nbs/18b_data.augment.ipynb #e88188c4
+# %% ../../nbs/18b_data.augment.ipynb #12baa188
 @patch
 def source(
     self:Augment,

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.severity.html.md"""
 # %% auto #0
 __all__ = ['STRENGTHS', 'KINDS', 'SeverityError', 'corrupt', 'severity_keys', 'psnr', 'severity_grid']
 
-# %% ../../nbs/18c_data.severity.ipynb #1e573a9b
+# %% ../../nbs/18c_data.severity.ipynb #926a449a
 from types import MappingProxyType
 
 import numpy as np
@@ -18,7 +18,7 @@ from .artifacts import ARTEFACTS, elastic_bspline
 from .physics import generators, rician
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18c_data.severity.ipynb #ffbd10bb
+# %% ../../nbs/18c_data.severity.ipynb #7d3b0126
 class SeverityError(PhoenixError):
     "A corruption that is not on the list"
 
@@ -39,7 +39,7 @@ STRENGTHS = MappingProxyType(dict(
     elastic=(.1, .18, .27, .37, .47))) # largest push, share of the lattice spacing
 KINDS = MappingProxyType({'noise': rician, **ARTEFACTS, 'elastic': elastic_bspline})
 
-# %% ../../nbs/18c_data.severity.ipynb #a766fa76
+# %% ../../nbs/18c_data.severity.ipynb #cd56af0f
 def corrupt(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     kind:str, # a name of `KINDS`, such as 'motion'
@@ -53,7 +53,7 @@ def corrupt(
     strength = (0., *STRENGTHS[kind])[severity]
     return KINDS[kind](x, gens, (strength, strength))
 
-# %% ../../nbs/18c_data.severity.ipynb #9ad22b48
+# %% ../../nbs/18c_data.severity.ipynb #b6f9af44
 def severity_keys(
     kind:str, # a name of `KINDS`
     indices:list[int], # one stable number per sample
@@ -70,7 +70,7 @@ def psnr(
     "Peak signal-to-noise ratio for a peak of 1"
     return -10*(x.float() - y.float()).square().mean((1, 2, 3)).log10()
 
-# %% ../../nbs/18c_data.severity.ipynb #2783ec7c
+# %% ../../nbs/18c_data.severity.ipynb #580dbe92
 def severity_grid(
     x:Tensor, # pixels in [0, 1], `(1,1,H,W)`
     kinds:list[str], # rows, names of `KINDS`
