@@ -10,7 +10,7 @@ __all__ = ['AXES', 'ARTEFACTS', 'ArtefactError', 'strengths', 'along_phase', 'no
            'curve_coefficients', 'scanner_curve', 'bspline_displacement', 'elastic_bspline', 'periodic_motion',
            'Artefact']
 
-# %% ../../nbs/18a_data.artifacts.ipynb #716590bc
+# %% ../../nbs/18a_data.artifacts.ipynb #cc5d2564
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ import torch
 from scipy.special import gammaincinv
 from torch import Tensor
 
-from .physics import _grid, _linear, look_up, normal, warp
+from .physics import _linear, look_up, normal, warp
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18a_data.artifacts.ipynb #27a5f24d
+# %% ../../nbs/18a_data.artifacts.ipynb #8e2ae2c3
 class ArtefactError(PhoenixError):
     "An artefact that no scanner could make"
 
@@ -43,7 +43,7 @@ def strengths(
     draws = [span[0] + (span[1] - span[0])*g.random() for g in gens]
     return torch.tensor(draws, dtype=torch.float32, device=device).view(-1, 1, 1, 1)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #0a4aa49b
+# %% ../../nbs/18a_data.artifacts.ipynb #696160e4
 AXES = ('vertical', 'horizontal', 'either')
 
 
@@ -67,7 +67,7 @@ def along_phase(
         y[rows] = part.transpose(2, 3) if turn else part
     return y
 
-# %% ../../nbs/18a_data.artifacts.ipynb #8dd9650c
+# %% ../../nbs/18a_data.artifacts.ipynb #c896c823
 @lru_cache(maxsize=16)
 def _chi_square(freedom:int)->Tensor:
     "The 65,536 equally likely quantiles of a χ² distribution"
@@ -90,7 +90,7 @@ def noncentral_chi(
     rest = look_up(gens, (1, *x.shape[-2:]), _chi_square(2*coils - 1), x.device).mul_(s*s)
     return signal.square_().add_(rest).sqrt_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #8043706f
+# %% ../../nbs/18a_data.artifacts.ipynb #b85f7e4c
 @lru_cache(maxsize=32)
 def _bsplines(n:int, cells:int)->np.ndarray:
     "Weights of the `cells` + 3 cubic B-splines of a lattice at `n` pixel centres, `(n,cells+3)`"
@@ -117,7 +117,7 @@ def bspline_gain(
     field *= s[:, 0]/field.abs().amax((1, 2), keepdim=True)
     return field.add_(1)[:, None]
 
-# %% ../../nbs/18a_data.artifacts.ipynb #a891cf30
+# %% ../../nbs/18a_data.artifacts.ipynb #c29c9b03
 def bspline_bias(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -129,7 +129,7 @@ def bspline_bias(
     if not max(strength): return x
     return (x*bspline_gain(x.shape[-2:], gens, strength, cells=cells, device=x.device)).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #2c1c0bd9
+# %% ../../nbs/18a_data.artifacts.ipynb #bb74dcbe
 def mix_poses(
     x:Tensor, # the head in its first pose, `(B,C,H,W)`; phase encoding along the last axis
     moved:Sequence[Tensor], # the head in its other poses, each like `x`
@@ -148,7 +148,7 @@ def mix_poses(
     real, imag = torch.fft.irfft(even, n), torch.fft.irfft(odd.mul_(-1j), n)
     return real.square_().addcmul_(imag, imag).sqrt_()
 
-# %% ../../nbs/18a_data.artifacts.ipynb #3ec73727
+# %% ../../nbs/18a_data.artifacts.ipynb #06661d74
 def _sudden(g:np.random.Generator, n:int, jumps:int)->tuple[np.ndarray, np.ndarray]:
     "Poses in units of the amount `(jumps,3)`, and the pose of each line `(n,)`"
     time = np.sort(.5 + (.05 + .45*g.random(jumps)**2)*g.choice([-1, 1], jumps))
@@ -167,7 +167,7 @@ def _periodic(g:np.random.Generator, n:int, steps:int)->tuple[np.ndarray, np.nda
     return level[:, None]*[turn, np.cos(pose), np.sin(pose)], np.where(nearest < 0, nearest + steps + 1,
                                                                        nearest + steps*(nearest > 0))
 
-# %% ../../nbs/18a_data.artifacts.ipynb #6cf5396b
+# %% ../../nbs/18a_data.artifacts.ipynb #55c9d019
 def motion(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -192,7 +192,7 @@ def motion(
         return mix_poses(x, moved, torch.from_numpy(lines).to(x.device))
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #0d9094ea
+# %% ../../nbs/18a_data.artifacts.ipynb #a2b9396c
 def ghosting(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -215,7 +215,7 @@ def ghosting(
         return real.addcmul_(ghosts.mul_(phase.sin()), ghosts).sqrt_()
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #92aedcc9
+# %% ../../nbs/18a_data.artifacts.ipynb #2021f942
 def gibbs(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -229,7 +229,7 @@ def gibbs(
     keep = (rows[:, None].abs() <= (1 - s)*h/2) & (cols <= (1 - s)*w/2)
     return torch.fft.irfft2(torch.fft.rfft2(x.float()).mul_(keep), (h, w)).abs_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #42b18616
+# %% ../../nbs/18a_data.artifacts.ipynb #a2fcee78
 def spikes(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -253,7 +253,7 @@ def spikes(
     imag = torch.bmm(rows, torch.cat([cols.imag, cols.real], 1))[:, None]
     return real.add(x).square_().addcmul_(imag, imag).sqrt_().clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #975f6878
+# %% ../../nbs/18a_data.artifacts.ipynb #83d7abd2
 def aliasing(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -275,7 +275,7 @@ def aliasing(
         return y
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #007a137c
+# %% ../../nbs/18a_data.artifacts.ipynb #033e725d
 def zipper(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -298,7 +298,7 @@ def zipper(
         return y
     return along_phase(x, gens, axis, change).clamp_(max=1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #16a58f98
+# %% ../../nbs/18a_data.artifacts.ipynb #dcf2cace
 @lru_cache(maxsize=512)
 def _blocks(n:int, m:int)->tuple[Tensor, Tensor]:
     "Means of `m` blocks over `n` pixels `(m,n)`, and how the blocks cover the pixels `(n,m)`"
@@ -321,7 +321,7 @@ def low_resolution(
         torch.matmul(up @ (down @ a @ left.T), right.T, out=b)
     return y.clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #cdfd1dde
+# %% ../../nbs/18a_data.artifacts.ipynb #eb252c4e
 def curve_coefficients(
     gens:list[np.random.Generator], # one generator per sample
     amount:tuple[float, float]=(.1, .6), # range of the way from no change to a wild curve, 0 to 1
@@ -336,7 +336,7 @@ def curve_coefficients(
                        for k in range(degree + 1)] for i in range(degree + 1)])
     return (bernstein @ power.T)[:, 1:]
 
-# %% ../../nbs/18a_data.artifacts.ipynb #0d78d1c5
+# %% ../../nbs/18a_data.artifacts.ipynb #f4bcd73f
 def scanner_curve(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -350,7 +350,7 @@ def scanner_curve(
     for i in range(c.shape[1] - 3, -1, -1): y.mul_(x_).add_(c[:, i])
     return y.mul_(x_).clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #33c11a0a
+# %% ../../nbs/18a_data.artifacts.ipynb #31e291d0
 def bspline_displacement(
     size:tuple[int, int], # height and width, pixels
     gens:list[np.random.Generator], # one generator per sample
@@ -383,7 +383,7 @@ def elastic_bspline(
     if not max(amount): return x
     return warp(x, bspline_displacement(x.shape[-2:], gens, amount, cells=cells, own=True, device=x.device))
 
-# %% ../../nbs/18a_data.artifacts.ipynb #57dfdeaf
+# %% ../../nbs/18a_data.artifacts.ipynb #b35f0c37
 def periodic_motion(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -397,7 +397,7 @@ ARTEFACTS = dict(coils=noncentral_chi, bias=bspline_bias, motion=motion, sway=pe
                  gibbs=gibbs, spikes=spikes, aliasing=aliasing, zipper=zipper, resolution=low_resolution,
                  curve=scanner_curve)
 
-# %% ../../nbs/18a_data.artifacts.ipynb #cca777f2
+# %% ../../nbs/18a_data.artifacts.ipynb #42840bff
 @dataclass(frozen=True)
 class Artefact:
     "A kind of `ARTEFACTS` with its chance and its range of strengths"

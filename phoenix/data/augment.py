@@ -50,7 +50,8 @@ class Augment:
         for f in fields(self)[:-1]:
             v, chance = getattr(self, f.name), f.name.startswith('p_') or f.name == 'mirror'
             low, high = np.ravel(v)[[0, -1]]
-            most = .48 if f.name == 'spline' else 1 if chance or f.name in ('scale', 'shift', 'bias', 'gain', 'noise') else math.inf
+            share = chance or f.name in ('scale', 'shift', 'bias', 'gain', 'noise')
+            most = .48 if f.name == 'spline' else 1 if share else math.inf
             if not 0 <= low <= high <= most:
                 raise AugmentError(f'{f.name} must lie between 0 and {most}, got {v}: choose a value in that range')
         if max(self.alpha) and self.sigma < .5:
@@ -66,19 +67,21 @@ class Augment:
         return cls(alpha=(30.*s*s, 40.*s*s), sigma=max(5.*s, .5))
 
     @classmethod
-    def strong(cls,
-        side:int=224, # side of the images, pixels
-    )->'Augment': # the chain for a network that must travel to other hospitals
-        "The default chain with wider ranges, B-splines, and each fault of a scanner in one image of ten"
-        faults = dict(coils=(.01, .03), bias=(0, .5), motion=(1, 4), sway=(1, 3), ghosting=(.05, .2), gibbs=(.3, .6),
-                      spikes=(.02, .08), aliasing=(.05, .2), zipper=(.1, .4), resolution=(.2, .5), curve=(.1, .6))
-        return replace(cls.default(side), rotate=15, scale=.15, bias=.5, gain=.2, gamma=.4, noise=(.01, .05),
-                       p_noise=.5, p_spline=.3, artefacts=tuple(Artefact(k, .1, s) for k, s in faults.items()))
-
-    @classmethod
     def none(cls)->'Augment': # the chain that changes nothing
         "Every strength 0"
         return cls(rotate=0, scale=0, shift=0, alpha=(0, 0), bias=0, gain=0, gamma=0, noise=(0, 0), spline=(0, 0))
+
+# %% ../../nbs/18b_data.augment.ipynb #d8bd762b
+@patch(cls_method=True)
+def strong(
+    cls:Augment,
+    side:int=224, # side of the images, pixels
+)->Augment: # the chain for a network that must travel to other hospitals
+    "The default chain with wider ranges, B-splines, and each fault of a scanner in one image of ten"
+    faults = dict(coils=(.01, .03), bias=(0, .5), motion=(1, 4), sway=(1, 3), ghosting=(.05, .2), gibbs=(.3, .6),
+                  spikes=(.02, .08), aliasing=(.05, .2), zipper=(.1, .4), resolution=(.2, .5), curve=(.1, .6))
+    return replace(cls.default(side), rotate=15, scale=.15, bias=.5, gain=.2, gamma=.4, noise=(.01, .05),
+                   p_noise=.5, p_spline=.3, artefacts=tuple(Artefact(k, .1, s) for k, s in faults.items()))
 
 # %% ../../nbs/18b_data.augment.ipynb #e45aab08
 def _source(self:Augment, size:tuple[int, int], draw:Callable, device:torch.device)->tuple[list[int], Tensor|None]:
@@ -99,7 +102,7 @@ def _source(self:Augment, size:tuple[int, int], draw:Callable, device:torch.devi
         if chosen: source.index_add_(0, torch.tensor([at[r] for r in chosen], device=device), shift())
     return rows, source
 
-# %% ../../nbs/18b_data.augment.ipynb #45c90426
+# %% ../../nbs/18b_data.augment.ipynb #1a6c0277
 def _drawer(seed:int, epoch:int, indices:Sequence[int])->Callable:
     "A function of step and chance that chooses samples by key, and gives the generators of the chosen"
     def draw(step:str, chance:float)->tuple[list[int], list[np.random.Generator]]:
@@ -118,7 +121,7 @@ def _steps(self:Augment)->list[tuple[str, float, Callable]]:
              lambda x, g: intensity(x, g, self.gain, self.gamma)),
             ('noise', self.p_noise*bool(max(self.noise)), lambda x, g: rician(x, g, self.noise))]
 
-# %% ../../nbs/18b_data.augment.ipynb #082ce981
+# %% ../../nbs/18b_data.augment.ipynb #ed8e791b
 def _some(y:Tensor, rows:list[int], change:Callable)->Tensor:
     "Change some samples of a batch; all of them without copies"
     if len(rows) == len(y): return change(y)
@@ -154,7 +157,7 @@ def __call__(
     parts = [_change(self, plain[i:i + size], indices[i:i + size], seed, epoch) for i in range(0, len(x), size)]
     return torch.cat(parts or [plain]).to(x.dtype).as_subclass(type(x))
 
-# %% ../../nbs/18b_data.augment.ipynb #12baa188
+# %% ../../nbs/18b_data.augment.ipynb #7b7c9c24
 @patch
 def source(
     self:Augment,

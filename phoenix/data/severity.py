@@ -7,18 +7,17 @@ Docs: https://phoenix-mri.github.io/phoenix/data.severity.html.md"""
 # %% auto #0
 __all__ = ['STRENGTHS', 'KINDS', 'SeverityError', 'corrupt', 'severity_keys', 'psnr', 'severity_grid']
 
-# %% ../../nbs/18c_data.severity.ipynb #926a449a
+# %% ../../nbs/18c_data.severity.ipynb #d61473cb
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .artifacts import ARTEFACTS, elastic_bspline
 from .physics import generators, rician
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18c_data.severity.ipynb #7d3b0126
+# %% ../../nbs/18c_data.severity.ipynb #12128a91
 class SeverityError(PhoenixError):
     "A corruption that is not on the list"
 
@@ -39,7 +38,7 @@ STRENGTHS = MappingProxyType(dict(
     elastic=(.1, .18, .27, .37, .47))) # largest push, share of the lattice spacing
 KINDS = MappingProxyType({'noise': rician, **ARTEFACTS, 'elastic': elastic_bspline})
 
-# %% ../../nbs/18c_data.severity.ipynb #cd56af0f
+# %% ../../nbs/18c_data.severity.ipynb #af19f5a2
 def corrupt(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     kind:str, # a name of `KINDS`, such as 'motion'
@@ -53,7 +52,7 @@ def corrupt(
     strength = (0., *STRENGTHS[kind])[severity]
     return KINDS[kind](x, gens, (strength, strength))
 
-# %% ../../nbs/18c_data.severity.ipynb #b6f9af44
+# %% ../../nbs/18c_data.severity.ipynb #99e1d1fd
 def severity_keys(
     kind:str, # a name of `KINDS`
     indices:list[int], # one stable number per sample
@@ -70,7 +69,7 @@ def psnr(
     "Peak signal-to-noise ratio for a peak of 1"
     return -10*(x.float() - y.float()).square().mean((1, 2, 3)).log10()
 
-# %% ../../nbs/18c_data.severity.ipynb #580dbe92
+# %% ../../nbs/18c_data.severity.ipynb #8ee0321c
 def severity_grid(
     x:Tensor, # pixels in [0, 1], `(1,1,H,W)`
     kinds:list[str], # rows, names of `KINDS`
