@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.bias.html.md"""
 __all__ = ['BiasError', 'random_field', 'field_correlation', 'N4Options', 'Corrected', 'correct_n4', 'plot_bias', 'BatchOptions',
            'correct_batch']
 
-# %% ../../nbs/16b_data.bias.ipynb #2fb3db49
+# %% ../../nbs/16b_data.bias.ipynb #121b02a0
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,21 +23,26 @@ from ..keys import rng
 from ..plots import show_grid, window
 from ..settings import PhoenixError
 
-# %% ../../nbs/16b_data.bias.ipynb #bde6ba97
+# %% ../../nbs/16b_data.bias.ipynb #b13aba1e
 class BiasError(PhoenixError):
     "An image whose shading cannot be estimated as asked"
 
 
+def _legendre(n, order):
+    "Legendre polynomials on n points from -1 to 1: (order + 1, n)"
+    return np.stack([np.polynomial.Legendre.basis(k)(np.linspace(-1, 1, n)) for k in range(order + 1)])
+
+
 def _products(axes, order):
     "Products of Legendre polynomials up to a total order, without the constant: (functions, *shape)"
-    one = [np.stack([np.polynomial.Legendre.basis(k)(np.linspace(-1, 1, n)) for k in range(order + 1)]) for n in axes]
+    one = [_legendre(n, order) for n in axes]
     index = [k for k in np.ndindex(*[order + 1]*len(axes)) if 0 < sum(k) <= order]
     out = np.ones((len(index), *axes))
     for d, basis in enumerate(one):
         out *= basis[[k[d] for k in index]].reshape(len(index), *[-1 if i == d else 1 for i in range(len(axes))])
     return out, np.array(index)
 
-
+# %% ../../nbs/16b_data.bias.ipynb #ede18303
 def random_field(
     shape:tuple[int,...], # of the image, two or three axes
     *,
@@ -52,7 +57,7 @@ def random_field(
     field = np.exp(strength*(field - field.mean())/field.std())
     return field/field.mean()
 
-# %% ../../nbs/16b_data.bias.ipynb #885c7e03
+# %% ../../nbs/16b_data.bias.ipynb #783dc700
 def field_correlation(
     found:np.ndarray, # gain
     truth:np.ndarray, # gain of the same shape
@@ -63,7 +68,7 @@ def field_correlation(
     a, b = a - a.mean(), b - b.mean()
     return float(a @ b/np.sqrt((a @ a)*(b @ b))) if a.any() and b.any() else float("nan")
 
-# %% ../../nbs/16b_data.bias.ipynb #f15804af
+# %% ../../nbs/16b_data.bias.ipynb #9e511149
 @dataclass(frozen=True)
 class N4Options:
     "What decides the result and the time of N4"
@@ -89,7 +94,7 @@ class Corrected:
     image:np.ndarray # float32, the input over the field
     field:np.ndarray # float32 gain, mean 1 inside the mask
 
-# %% ../../nbs/16b_data.bias.ipynb #0330bf2a
+# %% ../../nbs/16b_data.bias.ipynb #94575109
 def _inputs(image, mask):
     "The image as float32 and the mask as bool, the head of a slice or what is above its mean where none is given"
     x = np.asarray(image)
@@ -114,7 +119,7 @@ def _one_thread(sitk)->Iterator[None]:
     try: yield
     finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../../nbs/16b_data.bias.ipynb #45c37683
+# %% ../../nbs/16b_data.bias.ipynb #7eb6075e
 def correct_n4(
     image:np.ndarray, # (H,W) or (R,A,S), any grey type, not negative
     mask:np.ndarray|None=None, # bool; None takes the head
@@ -144,7 +149,7 @@ def correct_n4(
     field = np.exp(log - np.log(np.exp(log[mask]).mean()))
     return Corrected(x/field, field)
 
-# %% ../../nbs/16b_data.bias.ipynb #f30ac68b
+# %% ../../nbs/16b_data.bias.ipynb #533dab81
 def plot_bias(
     image:np.ndarray, # (H,W) as it was
     corrected:Corrected, # what was made of it
@@ -159,7 +164,7 @@ def plot_bias(
         titles.insert(1, "true field")
     return show_grid([window(x) for x in shown], titles, cols=len(shown), ax=ax)
 
-# %% ../../nbs/16b_data.bias.ipynb #d39e4435
+# %% ../../nbs/16b_data.bias.ipynb #d1554fa2
 @dataclass(frozen=True)
 class BatchOptions:
     "What decides the result and the time of the batch corrector"
@@ -167,7 +172,7 @@ class BatchOptions:
     side:int=56 # pixels a side that are used to estimate
     iterations:int=30 # sharpenings
     bins:int=64 # of the log histogram
-    fwhm:float=.15 # width of the blur that is undone, log units
+    fwhm:float=.2 # width of the blur that is undone, log units
     noise:float=.1 # of the Wiener filter
     ridge:float=3e-4 # penalty on a term, times its squared orders
 
@@ -194,7 +199,7 @@ def _sharpened(torch, u, w, o):
     expected = torch.where(again[1] > 1e-6, again[0]/again[1].clamp_min(1e-6), levels)
     return expected.gather(1, i)*(1 - part) + expected.gather(1, i + 1)*part
 
-# %% ../../nbs/16b_data.bias.ipynb #b32b0bf8
+# %% ../../nbs/16b_data.bias.ipynb #0386123c
 def _fit(torch, v, w, functions, index, o):
     "Weights (B,K) of the smooth functions (K,N) that the sharpening finds in log values (B,N)"
     total, half = w.sum(1, True).clamp_min(1e-6), w @ functions.T
@@ -227,6 +232,9 @@ def correct_batch(
     to = lambda a: torch.as_tensor(a, dtype=x.dtype, device=x.device)
     functions, index = _products((o.side, o.side), o.order)
     weights = _fit(torch, (small/top).clamp_min(1e-3).log(), w, to(functions).flatten(1), index, o)
-    field = torch.einsum("bk,khw->bhw", weights, to(_products(x.shape[2:], o.order)[0]))[:, None].exp()
+    grid = x.new_zeros(len(x), o.order + 1, o.order + 1)
+    grid[:, index[:, 0], index[:, 1]] = weights
+    down, across = (to(_legendre(n, o.order)) for n in x.shape[2:])
+    field = (down.T @ grid @ across)[:, None].exp()
     field = field/((field*masks).sum((1, 2, 3), True)/masks.sum((1, 2, 3), True).clamp_min(1)).clamp_min(1e-6)
     return x/field, field
