@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.bias.html.md"""
 __all__ = ['BiasError', 'random_field', 'field_correlation', 'N4Options', 'Corrected', 'correct_n4', 'plot_bias', 'BatchOptions',
            'correct_batch']
 
-# %% ../../nbs/16b_data.bias.ipynb #121b02a0
+# %% ../../nbs/16b_data.bias.ipynb #637e474d
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from ..keys import rng
 from ..plots import show_grid, window
 from ..settings import PhoenixError
 
-# %% ../../nbs/16b_data.bias.ipynb #b13aba1e
+# %% ../../nbs/16b_data.bias.ipynb #55ddad55
 class BiasError(PhoenixError):
     "An image whose shading cannot be estimated as asked"
 
@@ -42,7 +42,7 @@ def _products(axes, order):
         out *= basis[[k[d] for k in index]].reshape(len(index), *[-1 if i == d else 1 for i in range(len(axes))])
     return out, np.array(index)
 
-# %% ../../nbs/16b_data.bias.ipynb #ede18303
+# %% ../../nbs/16b_data.bias.ipynb #4aa278d3
 def random_field(
     shape:tuple[int,...], # of the image, two or three axes
     *,
@@ -57,7 +57,7 @@ def random_field(
     field = np.exp(strength*(field - field.mean())/field.std())
     return field/field.mean()
 
-# %% ../../nbs/16b_data.bias.ipynb #783dc700
+# %% ../../nbs/16b_data.bias.ipynb #864d292c
 def field_correlation(
     found:np.ndarray, # gain
     truth:np.ndarray, # gain of the same shape
@@ -68,7 +68,7 @@ def field_correlation(
     a, b = a - a.mean(), b - b.mean()
     return float(a @ b/np.sqrt((a @ a)*(b @ b))) if a.any() and b.any() else float("nan")
 
-# %% ../../nbs/16b_data.bias.ipynb #9e511149
+# %% ../../nbs/16b_data.bias.ipynb #d05c7b08
 @dataclass(frozen=True)
 class N4Options:
     "What decides the result and the time of N4"
@@ -94,20 +94,22 @@ class Corrected:
     image:np.ndarray # float32, the input over the field
     field:np.ndarray # float32 gain, mean 1 inside the mask
 
-# %% ../../nbs/16b_data.bias.ipynb #94575109
+# %% ../../nbs/16b_data.bias.ipynb #b1ea643c
 def _inputs(image, mask):
     "The image as float32 and the mask as bool, the head of a slice or what is above its mean where none is given"
     x = np.asarray(image)
     if x.ndim not in (2, 3) or 0 in x.shape or x.dtype.kind not in "uif" or not np.isfinite(x).all() or x.min() < 0:
-        raise BiasError(f"An image must be (H,W) or (R,A,S) with finite values ≥ 0, got {x.dtype} {x.shape}; look at it")
+        raise BiasError(f"An image must be (H,W) or (R,A,S) with finite values ≥ 0, not {x.dtype} {x.shape}; mend it")
     if mask is None and x.ndim == 2:
         mask = head_mask(x if x.dtype in (np.uint8, np.uint16) else
                          np.rint(x*(65535/max(float(x.max()), 1e-9))).astype(np.uint16))
     elif mask is None: mask = x > .5*x.mean()
     mask = np.asarray(mask, bool)
-    if mask.shape != x.shape: raise BiasError(f"The mask must have the image's shape {x.shape}, got {mask.shape}; cut it")
+    if mask.shape != x.shape:
+        raise BiasError(f"The mask must have the image's shape {x.shape}, got {mask.shape}; fit it")
     mask = mask & (x > 0)
-    if mask.sum() < 100: raise BiasError(f"The mask must hold at least 100 lit voxels, got {mask.sum()}; is there a head?")
+    if mask.sum() < 100:
+        raise BiasError(f"The mask must hold at least 100 lit voxels, got {mask.sum()}; is there a head?")
     return x.astype(np.float32), mask
 
 
@@ -119,7 +121,7 @@ def _one_thread(sitk)->Iterator[None]:
     try: yield
     finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
-# %% ../../nbs/16b_data.bias.ipynb #7eb6075e
+# %% ../../nbs/16b_data.bias.ipynb #48ee44be
 def correct_n4(
     image:np.ndarray, # (H,W) or (R,A,S), any grey type, not negative
     mask:np.ndarray|None=None, # bool; None takes the head
@@ -149,7 +151,7 @@ def correct_n4(
     field = np.exp(log - np.log(np.exp(log[mask]).mean()))
     return Corrected(x/field, field)
 
-# %% ../../nbs/16b_data.bias.ipynb #533dab81
+# %% ../../nbs/16b_data.bias.ipynb #984164b6
 def plot_bias(
     image:np.ndarray, # (H,W) as it was
     corrected:Corrected, # what was made of it
@@ -164,7 +166,7 @@ def plot_bias(
         titles.insert(1, "true field")
     return show_grid([window(x) for x in shown], titles, cols=len(shown), ax=ax)
 
-# %% ../../nbs/16b_data.bias.ipynb #d1554fa2
+# %% ../../nbs/16b_data.bias.ipynb #4ab7d629
 @dataclass(frozen=True)
 class BatchOptions:
     "What decides the result and the time of the batch corrector"
@@ -199,7 +201,7 @@ def _sharpened(torch, u, w, o):
     expected = torch.where(again[1] > 1e-6, again[0]/again[1].clamp_min(1e-6), levels)
     return expected.gather(1, i)*(1 - part) + expected.gather(1, i + 1)*part
 
-# %% ../../nbs/16b_data.bias.ipynb #0386123c
+# %% ../../nbs/16b_data.bias.ipynb #e46d118b
 def _fit(torch, v, w, functions, index, o):
     "Weights (B,K) of the smooth functions (K,N) that the sharpening finds in log values (B,N)"
     total, half = w.sum(1, True).clamp_min(1e-6), w @ functions.T
@@ -223,7 +225,7 @@ def correct_batch(
     "Bias correction of a batch of slices at once"
     import torch
     if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] != 1:
-        raise BiasError(f"Images must be a tensor (B,1,H,W), got {getattr(images, 'shape', type(images))}; reshape them")
+        raise BiasError(f"Images must be a tensor (B,1,H,W), got {getattr(images, 'shape', type(images))}; reshape")
     x, o = images.float(), options
     masks = x > 0 if masks is None else masks.bool() & (x > 0)
     small, lit = (torch.nn.functional.interpolate(t, (o.side, o.side)).flatten(1) for t in (x, masks.float()))

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.brain.html.md"""
 __all__ = ['BrainError', 'clip_range', 'find_head', 'head_mask', 'BrainRefused', 'BrainMask', 'find_brain', 'brain_mask',
            'plot_brain', 'brain_volume', 'dice', 'external_strip']
 
-# %% ../../nbs/16a_data.brain.ipynb #de3e3f35
+# %% ../../nbs/16a_data.brain.ipynb #f1fdaaa6
 import shutil, subprocess, tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from scipy.signal import find_peaks
 from ..plots import show_grid, window
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/16a_data.brain.ipynb #0b804607
+# %% ../../nbs/16a_data.brain.ipynb #550c4787
 class BrainError(PhoenixError):
     "A picture or volume in which no head or brain can be looked for"
 
@@ -42,7 +42,7 @@ def _histogram(x):
     if x.dtype == np.uint8: return cv2.calcHist([x], [0], None, [256], [0, 256]).ravel()
     return np.bincount(x.ravel(), minlength=2**16)
 
-# %% ../../nbs/16a_data.brain.ipynb #590ef554
+# %% ../../nbs/16a_data.brain.ipynb #f88e70a6
 def clip_range(
     grey:np.ndarray, # (H,W) uint8 or uint16
     percentile:float=99.5, # of the pixels that are not 0; what lies above becomes white
@@ -57,7 +57,7 @@ def clip_range(
     table = np.minimum(np.rint(np.arange(len(counts))*(255/top)), 255).astype(np.uint8)
     return cv2.LUT(grey, table) if grey.dtype == np.uint8 else table[grey]
 
-# %% ../../nbs/16a_data.brain.ipynb #5eaafcdc
+# %% ../../nbs/16a_data.brain.ipynb #40733b42
 def _threshold(small):
     "A tenth of the way from the 2nd to the 98th percentile"
     below = _histogram(small).cumsum(dtype=np.float64)
@@ -80,7 +80,7 @@ def _largest(mask):
     outlines, _ = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return np.ascontiguousarray(cv2.drawContours(np.zeros_like(piece), outlines, -1, 1, -1)[9:-9, 9:-9])
 
-# %% ../../nbs/16a_data.brain.ipynb #40fef8c8
+# %% ../../nbs/16a_data.brain.ipynb #d1e39084
 def find_head(
     x:np.ndarray, # (H,W) uint8, already clipped
 )->np.ndarray: # (H,W) uint8, 1 in the head, empty for a picture without contrast
@@ -102,7 +102,7 @@ def head_mask(
     "Where the head is: brain, skull and scalp as one filled region"
     return find_head(clip_range(grey)).astype(bool)
 
-# %% ../../nbs/16a_data.brain.ipynb #af8f0a4d
+# %% ../../nbs/16a_data.brain.ipynb #14a05fb3
 def _radius(head): return max(float(np.sqrt(head.sum()/np.pi)), 1.)
 
 
@@ -121,7 +121,7 @@ def _piece(mask, weight):
     sums[0] = 0
     return pieces == sums.argmax()
 
-# %% ../../nbs/16a_data.brain.ipynb #024d5996
+# %% ../../nbs/16a_data.brain.ipynb #37678633
 def _mode(values):
     "The commonest level above black, from a smoothed histogram"
     counts, edges = np.histogram(values, 64, range=(0, max(float(values.max(initial=0)), 1e-6)))
@@ -151,7 +151,7 @@ def _tissue_proposal(x, head):
     band = (smooth > .5*level) & (smooth < 1.4*level) & head
     return _regrow(band, depth, .065*length, .11*length, 1.) & head
 
-# %% ../../nbs/16a_data.brain.ipynb #3bfcddff
+# %% ../../nbs/16a_data.brain.ipynb #0faed9ee
 _RAYS, _STEPS = 180, np.arange(.55, 1.06, .005)
 
 
@@ -175,7 +175,7 @@ def _paint(shape, centre, outline):
     ray = np.arctan2(y, x) % (2*np.pi)*(_RAYS/(2*np.pi))
     return np.hypot(y, x) <= np.interp(ray.ravel(), np.arange(_RAYS + 1), [*outline, outline[0]]).reshape(shape)
 
-# %% ../../nbs/16a_data.brain.ipynb #a9ef714a
+# %% ../../nbs/16a_data.brain.ipynb #7d0cb3b3
 def _flank(profile, start, stop, level):
     "Where a profile first crosses a level, going inwards from `start`"
     for k in range(start, stop, -1):
@@ -210,7 +210,7 @@ def _bone_proposal(x, head):
     if found is None: return np.zeros_like(head), 0.
     return _paint(x.shape, centre, outline*found[0] + .25) & head, found[1]
 
-# %% ../../nbs/16a_data.brain.ipynb #2d934a8f
+# %% ../../nbs/16a_data.brain.ipynb #91ffeaf6
 def _sample(smooth, mask, reach):
     "Brightness at distances from the outline of a mask, inside positive, as (distances, points)"
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -241,7 +241,7 @@ def _judge(x, head, mask, evidence=0.):
                  even=np.interp(even, [.65, .95], [0, 1]), whole=max(np.interp(band, [.1, .6], [1, 0]), evidence))
     return {k: float(v) for k, v in parts.items()}
 
-# %% ../../nbs/16a_data.brain.ipynb #8d08ca6b
+# %% ../../nbs/16a_data.brain.ipynb #d6372fd5
 def _oval(head):
     "How well a head is an ellipse: overlap by union with the one of the same moments"
     m = cv2.moments(head.astype(np.uint8), True)
@@ -251,7 +251,7 @@ def _oval(head):
     ellipse = (d*np.einsum("ij,jhw->ihw", np.linalg.inv(cov), d)).sum(0) <= 4
     return float((ellipse & head).sum()/(ellipse | head).sum())
 
-# %% ../../nbs/16a_data.brain.ipynb #320cf52f
+# %% ../../nbs/16a_data.brain.ipynb #55660f98
 class BrainRefused(BrainError):
     "A slice in which no brain is seen clearly enough"
 
@@ -271,7 +271,7 @@ def _rated(x, head, mask, method, evidence=0.):
     if method == "bone": parts["round"] = max(float(np.interp(_oval(head), [.91, .945], [0, 1])), evidence)
     return BrainMask(mask, float(np.prod(list(parts.values()))**(1/len(parts))), parts, method)
 
-# %% ../../nbs/16a_data.brain.ipynb #7e1ba168
+# %% ../../nbs/16a_data.brain.ipynb #3653dcaa
 def find_brain(
     grey:np.ndarray, # (H,W) uint8 or uint16
 )->BrainMask: # the better of two proposals, empty and of quality 0 where there is none
@@ -291,7 +291,7 @@ def find_brain(
     soft = cv2.resize(best.mask.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
     return BrainMask(soft > .5, best.quality, best.parts, best.method)
 
-# %% ../../nbs/16a_data.brain.ipynb #f4fa1dad
+# %% ../../nbs/16a_data.brain.ipynb #12da2c36
 def brain_mask(
     grey:np.ndarray, # (H,W) uint8 or uint16
     *,
@@ -302,11 +302,11 @@ def brain_mask(
     found = find_brain(grey)
     if found.quality < least:
         weak = min(found.parts, key=found.parts.get)
-        raise BrainRefused(f"A brain must be found with quality {least:g}, got {found.quality:.2f} (weakest part: {weak} "
-                           f"{found.parts[weak]:.2f}); keep the skull of this slice or leave it out")
+        raise BrainRefused(f"A brain must be found with quality {least:g}, got {found.quality:.2f} (weakest part: "
+                           f"{weak} {found.parts[weak]:.2f}); keep the skull of this slice or leave it out")
     return found.mask
 
-# %% ../../nbs/16a_data.brain.ipynb #7a4bdfe4
+# %% ../../nbs/16a_data.brain.ipynb #5d4b60b6
 def plot_brain(
     grey:Sequence[np.ndarray], # slices, (H,W) uint8 or uint16
     *,
@@ -326,7 +326,7 @@ def plot_brain(
         colours.append("black" if good else "#d55e00")
     return show_grid(shown, titles, cols=min(6, len(shown)), colours=colours, ax=ax)
 
-# %% ../../nbs/16a_data.brain.ipynb #c241b7f6
+# %% ../../nbs/16a_data.brain.ipynb #c0f4de5a
 _GRID_MM, _RIM_MM = 2., 1.1
 
 
@@ -347,13 +347,13 @@ def _upper_centre(head):
     axes = np.ogrid[tuple(slice(n) for n in head.shape)]
     return _GRID_MM*np.sqrt(sum((a - c)**2 for a, c in zip(axes, centre)))
 
-# %% ../../nbs/16a_data.brain.ipynb #83c8de49
+# %% ../../nbs/16a_data.brain.ipynb #629902f3
 def _volume_checked(volume, spacing_mm):
     "Refuse what is no volume with a voxel size"
     ok = isinstance(volume, np.ndarray) and volume.ndim == 3 and volume.dtype.kind in "uif"
     if not ok or min(volume.shape) < 4 or not np.isfinite(volume).all() or np.ptp(volume) == 0:
         got = f"{volume.dtype} {volume.shape}" if isinstance(volume, np.ndarray) else type(volume).__name__
-        raise BrainError(f"A volume must be a (R,A,S) array of finite numbers with contrast, got {got}; look at its file")
+        raise BrainError(f"A volume must be a (R,A,S) array of finite numbers with contrast, got {got}; look at it")
     mm = np.asarray(spacing_mm, float)
     if mm.shape != (3,) or not ((mm > .1) & (mm < 20)).all():
         raise BrainError(f"Spacing must be three lengths of 0.1…20 mm, got {spacing_mm}; take them from the header")
@@ -374,12 +374,13 @@ def brain_volume(
     band = np.pad((x > .5*level) & (x < 1.25*level), 3, mode="edge")
     near = np.pad(far < 60, 3, mode="edge").astype(float)
     mask = _regrow(band, near + 1e-9, 6/_GRID_MM, 10/_GRID_MM, .5)[3:-3, 3:-3, 3:-3]
-    if not mask.any(): raise BrainRefused("A brain must be the thick tissue of a head, none was found; is this T1-weighted?")
+    if not mask.any():
+        raise BrainRefused("A brain must be the thick tissue of a head, none is seen; is it T1-weighted?")
     inner, outer = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
     signed, back = _GRID_MM*(np.where(mask, inner, -outer) + .5 - mask), np.array(volume.shape)/mask.shape
     return ndimage.zoom(signed, back, order=1, mode="nearest", grid_mode=True) > -_RIM_MM
 
-# %% ../../nbs/16a_data.brain.ipynb #4f559d66
+# %% ../../nbs/16a_data.brain.ipynb #0d7f3b9c
 def dice(
     pred:np.ndarray, # bool mask
     targ:np.ndarray, # bool mask of the same shape
@@ -390,7 +391,7 @@ def dice(
     total = np.count_nonzero(pred) + np.count_nonzero(targ)
     return 2*np.count_nonzero(np.logical_and(pred, targ))/total if total else 1.
 
-# %% ../../nbs/16a_data.brain.ipynb #4f9ce2b9
+# %% ../../nbs/16a_data.brain.ipynb #82af6007
 _TOOLS = {"synthstrip": ("mri_synthstrip", "-i {image} -o {brain} -m {mask}", "brain_mask.nii.gz",
                          "it comes with FreeSurfer 7.3 and later, or as the container freesurfer/synthstrip"),
           "hd-bet": ("hd-bet", "-i {image} -o {brain} -device cpu --disable_tta --save_bet_mask", "brain_bet.nii.gz",
@@ -416,7 +417,8 @@ def external_strip(
         paths = dict(image=image, brain=Path(folder)/"brain.nii.gz", mask=Path(folder)/mask)
         try: done = subprocess.run([program, *(a.format(**paths) for a in arguments.split())], cwd=folder,
                                    capture_output=True, text=True, timeout=timeout_s)
-        except subprocess.TimeoutExpired: raise BrainError(f"{name} must end in {timeout_s:g} s, it did not; allow more")
+        except subprocess.TimeoutExpired:
+            raise BrainError(f"{name} must end in {timeout_s:g} s, it did not; allow more")
         if done.returncode or not paths["mask"].is_file():
             said = (done.stderr or done.stdout).strip()[-300:]
             raise BrainError(f"{name} must write a mask, it ended with {done.returncode} and said {said!r}; mend that")

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.intensity.html.md"""
 __all__ = ['IntensityError', 'zscore', 'percentile_range', 'Nyul', 'fit_nyul', 'Stripe', 'fit_stripe', 'whitestripe',
            'plot_histograms']
 
-# %% ../../nbs/16c_data.intensity.ipynb #b1914775
+# %% ../../nbs/16c_data.intensity.ipynb #e319ad3d
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
@@ -20,7 +20,7 @@ from scipy import ndimage
 from ..plots import style
 from ..settings import PhoenixError
 
-# %% ../../nbs/16c_data.intensity.ipynb #f84c6c74
+# %% ../../nbs/16c_data.intensity.ipynb #972bc244
 class IntensityError(PhoenixError):
     "Grey levels that cannot be normalised as asked"
 
@@ -37,7 +37,7 @@ def _inside(image, mask):
                              "contrast; is there a head?")
     return x, values
 
-
+# %% ../../nbs/16c_data.intensity.ipynb #1d310266
 def zscore(
     image:np.ndarray, # of any shape
     mask:np.ndarray|None=None, # bool, whose mean and spread count; None is everything
@@ -55,13 +55,15 @@ def percentile_range(
     high:float=99., # percentile that becomes 1
 )->np.ndarray: # float32
     "The range between two percentiles as 0…1, what lies beyond goes beyond"
-    if not 0 <= low < high <= 100: raise IntensityError(f"Percentiles must satisfy 0 ≤ low < high ≤ 100, got {low}, {high}")
+    if not 0 <= low < high <= 100:
+        raise IntensityError(f"Percentiles must satisfy 0 ≤ low < high ≤ 100, got {low}, {high}; correct them")
     x, values = _inside(image, mask)
     a, b = np.percentile(values, [low, high])
-    if a == b: raise IntensityError(f"The percentiles {low:g} and {high:g} must differ, both are {a:g}; take wider ones")
+    if a == b:
+        raise IntensityError(f"The percentiles {low:g} and {high:g} must differ, both are {a:g}; take wider ones")
     return ((x - a)/(b - a)).astype(np.float32)
 
-# %% ../../nbs/16c_data.intensity.ipynb #ac028733
+# %% ../../nbs/16c_data.intensity.ipynb #c7af78a4
 _PERCENTS = (1., 10., 20., 30., 40., 50., 60., 70., 80., 90., 99.)
 
 
@@ -96,7 +98,7 @@ def from_dict(cls:Nyul,
         raise IntensityError(f"Landmarks must have exactly the keys {sorted(names)}, got {data!r}; use `to_dict`")
     return cls(**data)
 
-# %% ../../nbs/16c_data.intensity.ipynb #56affcc4
+# %% ../../nbs/16c_data.intensity.ipynb #6e9b22bf
 def _landmarks(image, mask, percents):
     "Percentiles of an image, made strictly rising"
     x, values = _inside(image, mask)
@@ -116,7 +118,8 @@ def fit_nyul(
         image, mask = item if isinstance(item, tuple) else (item, None)
         _, marks = _landmarks(image, mask, percents)
         places.append((marks - marks[0])/(marks[-1] - marks[0]))
-    if not places: raise IntensityError("Landmarks must be learnt from at least one image, got none; pass training images")
+    if not places:
+        raise IntensityError("Landmarks must be learnt from at least one image, got none; pass training images")
     return Nyul(tuple(np.mean(places, 0)), percents, len(places))
 
 
@@ -132,7 +135,7 @@ def __call__(self:Nyul,
     k = np.clip(np.searchsorted(marks, x, side="right") - 1, 0, len(slopes) - 1)
     return (to[k] + (x - marks[k])*slopes[k]).astype(np.float32)
 
-# %% ../../nbs/16c_data.intensity.ipynb #dceebdda
+# %% ../../nbs/16c_data.intensity.ipynb #ae8b617a
 _PEAKS = {"T1": "last", "T2": "largest", "FLAIR": "largest"}
 
 
@@ -144,11 +147,16 @@ class Stripe:
     low:float # lowest value of the stripe
     high:float # highest value of the stripe
 
+    def to_dict(self)->dict: # plain data for JSON
+        "The stripe as plain data"
+        return asdict(self)
 
-@patch
-def to_dict(self:Stripe)->dict: # plain data for JSON
-    "The stripe as plain data"
-    return asdict(self)
+    @classmethod
+    def from_dict(cls,
+        data:dict, # what `to_dict` gave
+    )->"Stripe": # the same stripe
+        "A stripe from plain data"
+        return cls(**data)
 
 
 def _peak(values, which):
@@ -161,7 +169,7 @@ def _peak(values, which):
     k = tops[-1] if which == "last" else tops[h[tops].argmax()]
     return (edges[k] + edges[k + 1])/2
 
-# %% ../../nbs/16c_data.intensity.ipynb #6b80fca8
+# %% ../../nbs/16c_data.intensity.ipynb #626d24ba
 def fit_stripe(
     image:np.ndarray, # of any shape
     mask:np.ndarray|None=None, # bool, the brain; None is everything
@@ -170,13 +178,15 @@ def fit_stripe(
     width:float=.05, # of the stripe to each side, share of the brain
 )->Stripe: # its values
     "Find normal-appearing white matter in the histogram"
-    if contrast not in _PEAKS: raise IntensityError(f"The contrast must be one of {list(_PEAKS)}, got {contrast!r}; correct it")
+    if contrast not in _PEAKS:
+        raise IntensityError(f"The contrast must be one of {list(_PEAKS)}, got {contrast!r}; correct it")
     if not 0 < width < .5: raise IntensityError(f"The width must be a share between 0 and 0.5, got {width}; correct it")
     _, values = _inside(image, mask)
     at = (values <= _peak(values, _PEAKS[contrast])).mean()
     low, high = np.quantile(values, [max(at - width, 0), min(at + width, 1)])
     stripe = values[(values >= low) & (values <= high)]
-    if np.ptp(stripe) == 0: raise IntensityError(f"The stripe must hold different values, all are {low:g}; take it wider")
+    if np.ptp(stripe) == 0:
+        raise IntensityError(f"The stripe must hold different values, all are {low:g}; take it wider")
     return Stripe(float(stripe.mean()), float(stripe.std()), float(low), float(high))
 
 
@@ -192,7 +202,7 @@ def whitestripe(
     stripe = fit_stripe(image, mask, contrast=contrast, width=width)
     return ((x - stripe.mean)/stripe.sd).astype(np.float32)
 
-# %% ../../nbs/16c_data.intensity.ipynb #b62e863e
+# %% ../../nbs/16c_data.intensity.ipynb #f8830a8d
 def plot_histograms(
     images:dict[str,list[np.ndarray]], # name of the scale and the values of each image on it
     *,

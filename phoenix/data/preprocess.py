@@ -23,7 +23,7 @@ from ..plots import show_grid
 from ..records import hash_json
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/17_data.preprocess.ipynb #6a235950
+# %% ../../nbs/17_data.preprocess.ipynb #b0da2421
 class PreprocessError(PhoenixError):
     "A picture or a setting that preprocessing has no rule for"
 
@@ -49,7 +49,7 @@ def _without_bias(grey, mask, bias):
     flat = np.where(mask, flat, np.minimum(flat, flat[mask].max()))
     return np.rint(flat*(65535/flat.max())).astype(np.uint16)
 
-# %% ../../nbs/17_data.preprocess.ipynb #21c6b656
+# %% ../../nbs/17_data.preprocess.ipynb #500901a3
 _VERSIONS = (1, 2)
 _CHOICES = {"normalise": ("zscore", "range", "percentile", "nyul", "whitestripe"),
             "strip": ("none", "refuse", "keep"), "bias": ("none", "n4", "batch")}
@@ -64,10 +64,12 @@ def _check(p):
     if type(p.clahe) is not bool: raise PreprocessError(f"clahe must be True or False, got {p.clahe!r}; correct it")
     for name, choices in _CHOICES.items():
         if (got := getattr(p, name)) not in choices:
-            raise PreprocessError(f"{name} must be one of {list(choices)}, got {got!r}{did_you_mean(str(got), choices)}")
+            near = did_you_mean(str(got), choices)
+            raise PreprocessError(f"{name} must be one of {list(choices)}, got {got!r}{near}")
     if (p.normalise == "nyul") != isinstance(p.nyul, Nyul):
         raise PreprocessError("Landmarks must be given with normalise='nyul' and only then; learn them by `with_nyul`")
-    later = [k for k, v in _LATER.items() if getattr(p, k) != v] + [p.normalise]*(p.normalise not in ("zscore", "range"))
+    later = [k for k, v in _LATER.items() if getattr(p, k) != v]
+    if p.normalise not in ("zscore", "range"): later.append(p.normalise)
     if p.version not in _VERSIONS:
         raise PreprocessError(f"This phoenix preprocesses by version {_VERSIONS}, got {p.version}; install the one it "
                               "came from")
@@ -91,7 +93,7 @@ class Preprocess:
         _check(self)
         object.__setattr__(self, "clip", float(self.clip))
 
-# %% ../../nbs/17_data.preprocess.ipynb #9f6e21a1
+# %% ../../nbs/17_data.preprocess.ipynb #a3d2a019
 def _zscore(x, mask):
     "Head to 0…255 by its mean and spread, air to 0"
     counts = cv2.calcHist([x], [0], mask, [256], [0, 256]).ravel().astype(np.float64)
@@ -122,7 +124,7 @@ def _resize(x, size):
     how = cv2.INTER_AREA if height <= h and width <= w else cv2.INTER_CUBIC
     return cv2.resize(x, (width, height), interpolation=how)
 
-# %% ../../nbs/17_data.preprocess.ipynb #ac93f2eb
+# %% ../../nbs/17_data.preprocess.ipynb #50a60184
 @patch
 def steps(self:Preprocess,
     grey:np.ndarray, # (H,W) uint8 or uint16
@@ -160,7 +162,7 @@ def plot_steps(
     titles = [f"{k}, {x.shape[0]} × {x.shape[1]}" for k, x in zip(["input", *done], shown)]
     return show_grid([np.repeat(x[..., None], 3, 2) for x in shown], titles, cols=len(shown), ax=ax)
 
-# %% ../../nbs/17_data.preprocess.ipynb #f072d814
+# %% ../../nbs/17_data.preprocess.ipynb #4aea14fa
 @patch
 def with_nyul(self:Preprocess,
     training:Iterable, # (H,W) uint8 or uint16, training images and no others
@@ -174,7 +176,7 @@ def with_nyul(self:Preprocess,
             if len(np.unique(x[done["head"] > 0])) > 1: yield x, done["head"].astype(bool)
     return replace(self, normalise="nyul", nyul=fit_nyul(parts()))
 
-# %% ../../nbs/17_data.preprocess.ipynb #fb6007d7
+# %% ../../nbs/17_data.preprocess.ipynb #8e307690
 @patch
 def spec(self:Preprocess)->dict: # plain data for JSON
     "The description that is stored with a model"
