@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.brain.html.md"""
 __all__ = ['BrainError', 'clip_range', 'find_head', 'head_mask', 'BrainRefused', 'BrainMask', 'find_brain', 'brain_mask',
            'plot_brain', 'brain_volume', 'dice', 'external_strip']
 
-# %% ../../nbs/16a_data.brain.ipynb #f1fdaaa6
+# %% ../../nbs/16a_data.brain.ipynb #244a5bc2
 import shutil, subprocess, tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,11 @@ import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from scipy import ndimage
-from scipy.signal import find_peaks
 
 from ..plots import show_grid, window
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/16a_data.brain.ipynb #550c4787
+# %% ../../nbs/16a_data.brain.ipynb #2cfdf695
 class BrainError(PhoenixError):
     "A picture or volume in which no head or brain can be looked for"
 
@@ -42,7 +41,7 @@ def _histogram(x):
     if x.dtype == np.uint8: return cv2.calcHist([x], [0], None, [256], [0, 256]).ravel()
     return np.bincount(x.ravel(), minlength=2**16)
 
-# %% ../../nbs/16a_data.brain.ipynb #f88e70a6
+# %% ../../nbs/16a_data.brain.ipynb #57aa4c2e
 def clip_range(
     grey:np.ndarray, # (H,W) uint8 or uint16
     percentile:float=99.5, # of the pixels that are not 0; what lies above becomes white
@@ -57,7 +56,7 @@ def clip_range(
     table = np.minimum(np.rint(np.arange(len(counts))*(255/top)), 255).astype(np.uint8)
     return cv2.LUT(grey, table) if grey.dtype == np.uint8 else table[grey]
 
-# %% ../../nbs/16a_data.brain.ipynb #40733b42
+# %% ../../nbs/16a_data.brain.ipynb #3c88aa94
 def _threshold(small):
     "A tenth of the way from the 2nd to the 98th percentile"
     below = _histogram(small).cumsum(dtype=np.float64)
@@ -80,7 +79,7 @@ def _largest(mask):
     outlines, _ = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return np.ascontiguousarray(cv2.drawContours(np.zeros_like(piece), outlines, -1, 1, -1)[9:-9, 9:-9])
 
-# %% ../../nbs/16a_data.brain.ipynb #d1e39084
+# %% ../../nbs/16a_data.brain.ipynb #e55ea75d
 def find_head(
     x:np.ndarray, # (H,W) uint8, already clipped
 )->np.ndarray: # (H,W) uint8, 1 in the head, empty for a picture without contrast
@@ -102,7 +101,7 @@ def head_mask(
     "Where the head is: brain, skull and scalp as one filled region"
     return find_head(clip_range(grey)).astype(bool)
 
-# %% ../../nbs/16a_data.brain.ipynb #14a05fb3
+# %% ../../nbs/16a_data.brain.ipynb #7a931599
 def _radius(head): return max(float(np.sqrt(head.sum()/np.pi)), 1.)
 
 
@@ -121,7 +120,7 @@ def _piece(mask, weight):
     sums[0] = 0
     return pieces == sums.argmax()
 
-# %% ../../nbs/16a_data.brain.ipynb #37678633
+# %% ../../nbs/16a_data.brain.ipynb #4ae2c6e6
 def _mode(values):
     "The commonest level above black, from a smoothed histogram"
     counts, edges = np.histogram(values, 64, range=(0, max(float(values.max(initial=0)), 1e-6)))
@@ -151,7 +150,7 @@ def _tissue_proposal(x, head):
     band = (smooth > .5*level) & (smooth < 1.4*level) & head
     return _regrow(band, depth, .065*length, .11*length, 1.) & head
 
-# %% ../../nbs/16a_data.brain.ipynb #0faed9ee
+# %% ../../nbs/16a_data.brain.ipynb #f6c89960
 _RAYS, _STEPS = 180, np.arange(.55, 1.06, .005)
 
 
@@ -175,7 +174,7 @@ def _paint(shape, centre, outline):
     ray = np.arctan2(y, x) % (2*np.pi)*(_RAYS/(2*np.pi))
     return np.hypot(y, x) <= np.interp(ray.ravel(), np.arange(_RAYS + 1), [*outline, outline[0]]).reshape(shape)
 
-# %% ../../nbs/16a_data.brain.ipynb #7d0cb3b3
+# %% ../../nbs/16a_data.brain.ipynb #c5e30960
 def _flank(profile, start, stop, level):
     "Where a profile first crosses a level, going inwards from `start`"
     for k in range(start, stop, -1):
@@ -186,6 +185,7 @@ def _flank(profile, start, stop, level):
 
 def _tables(rays):
     "Inner surface of the bone in outline units and the evidence for it, or None without a dark band"
+    from scipy.signal import find_peaks # brings scipy.stats, which a server does without
     p = ndimage.gaussian_filter1d(rays.mean(0), .8)
     peaks, pits = (find_peaks(q, prominence=.02*max(p.max(), 1))[0][::-1] for q in (p, -p))
     peaks = [k for k in peaks if _STEPS[k] > .72]
@@ -210,7 +210,7 @@ def _bone_proposal(x, head):
     if found is None: return np.zeros_like(head), 0.
     return _paint(x.shape, centre, outline*found[0] + .25) & head, found[1]
 
-# %% ../../nbs/16a_data.brain.ipynb #91ffeaf6
+# %% ../../nbs/16a_data.brain.ipynb #c186c041
 def _sample(smooth, mask, reach):
     "Brightness at distances from the outline of a mask, inside positive, as (distances, points)"
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -241,7 +241,7 @@ def _judge(x, head, mask, evidence=0.):
                  even=np.interp(even, [.65, .95], [0, 1]), whole=max(np.interp(band, [.1, .6], [1, 0]), evidence))
     return {k: float(v) for k, v in parts.items()}
 
-# %% ../../nbs/16a_data.brain.ipynb #d6372fd5
+# %% ../../nbs/16a_data.brain.ipynb #f5853a1e
 def _oval(head):
     "How well a head is an ellipse: overlap by union with the one of the same moments"
     m = cv2.moments(head.astype(np.uint8), True)
@@ -251,7 +251,7 @@ def _oval(head):
     ellipse = (d*np.einsum("ij,jhw->ihw", np.linalg.inv(cov), d)).sum(0) <= 4
     return float((ellipse & head).sum()/(ellipse | head).sum())
 
-# %% ../../nbs/16a_data.brain.ipynb #55660f98
+# %% ../../nbs/16a_data.brain.ipynb #53652a90
 class BrainRefused(BrainError):
     "A slice in which no brain is seen clearly enough"
 
@@ -271,7 +271,7 @@ def _rated(x, head, mask, method, evidence=0.):
     if method == "bone": parts["round"] = max(float(np.interp(_oval(head), [.91, .945], [0, 1])), evidence)
     return BrainMask(mask, float(np.prod(list(parts.values()))**(1/len(parts))), parts, method)
 
-# %% ../../nbs/16a_data.brain.ipynb #3653dcaa
+# %% ../../nbs/16a_data.brain.ipynb #ac466334
 def find_brain(
     grey:np.ndarray, # (H,W) uint8 or uint16
 )->BrainMask: # the better of two proposals, empty and of quality 0 where there is none
@@ -291,7 +291,7 @@ def find_brain(
     soft = cv2.resize(best.mask.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR)
     return BrainMask(soft > .5, best.quality, best.parts, best.method)
 
-# %% ../../nbs/16a_data.brain.ipynb #12da2c36
+# %% ../../nbs/16a_data.brain.ipynb #f04571d0
 def brain_mask(
     grey:np.ndarray, # (H,W) uint8 or uint16
     *,
@@ -306,7 +306,7 @@ def brain_mask(
                            f"{weak} {found.parts[weak]:.2f}); keep the skull of this slice or leave it out")
     return found.mask
 
-# %% ../../nbs/16a_data.brain.ipynb #5d4b60b6
+# %% ../../nbs/16a_data.brain.ipynb #e00d661a
 def plot_brain(
     grey:Sequence[np.ndarray], # slices, (H,W) uint8 or uint16
     *,
@@ -326,7 +326,7 @@ def plot_brain(
         colours.append("black" if good else "#d55e00")
     return show_grid(shown, titles, cols=min(6, len(shown)), colours=colours, ax=ax)
 
-# %% ../../nbs/16a_data.brain.ipynb #c0f4de5a
+# %% ../../nbs/16a_data.brain.ipynb #7e0471d7
 _GRID_MM, _RIM_MM = 2., 1.1
 
 
@@ -347,7 +347,7 @@ def _upper_centre(head):
     axes = np.ogrid[tuple(slice(n) for n in head.shape)]
     return _GRID_MM*np.sqrt(sum((a - c)**2 for a, c in zip(axes, centre)))
 
-# %% ../../nbs/16a_data.brain.ipynb #629902f3
+# %% ../../nbs/16a_data.brain.ipynb #4f6874d8
 def _volume_checked(volume, spacing_mm):
     "Refuse what is no volume with a voxel size"
     ok = isinstance(volume, np.ndarray) and volume.ndim == 3 and volume.dtype.kind in "uif"
@@ -380,7 +380,7 @@ def brain_volume(
     signed, back = _GRID_MM*(np.where(mask, inner, -outer) + .5 - mask), np.array(volume.shape)/mask.shape
     return ndimage.zoom(signed, back, order=1, mode="nearest", grid_mode=True) > -_RIM_MM
 
-# %% ../../nbs/16a_data.brain.ipynb #0d7f3b9c
+# %% ../../nbs/16a_data.brain.ipynb #d5bec56e
 def dice(
     pred:np.ndarray, # bool mask
     targ:np.ndarray, # bool mask of the same shape
@@ -391,7 +391,7 @@ def dice(
     total = np.count_nonzero(pred) + np.count_nonzero(targ)
     return 2*np.count_nonzero(np.logical_and(pred, targ))/total if total else 1.
 
-# %% ../../nbs/16a_data.brain.ipynb #82af6007
+# %% ../../nbs/16a_data.brain.ipynb #2e2e9c45
 _TOOLS = {"synthstrip": ("mri_synthstrip", "-i {image} -o {brain} -m {mask}", "brain_mask.nii.gz",
                          "it comes with FreeSurfer 7.3 and later, or as the container freesurfer/synthstrip"),
           "hd-bet": ("hd-bet", "-i {image} -o {brain} -device cpu --disable_tta --save_bet_mask", "brain_bet.nii.gz",
