@@ -13,11 +13,12 @@ import errno
 import json
 import math
 import os
+import multiprocessing
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from .augment import Augment
 from .pixels import pixels_sha256, read_pixels
 from .preprocess import Preprocess
 from .splits import Certificate
-from ..keys import permutation, preserve_rng
+from ..keys import permutation, preserve_rng, set_threads
 from ..records import hash_json, sha256_bytes, whole_file
 from ..settings import PhoenixError
 
@@ -163,17 +164,24 @@ class Cache:
         return np.stack([self.image(p) for p in paths])
 
 # %% ../../nbs/19_data.loaders.ipynb #2f62449d
+def _pool(workers:int, processes:int)->Executor:
+    "Who makes the items: threads of this process, or processes of one thread each"
+    if not processes: return ThreadPoolExecutor(max(1, workers))
+    return ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), set_threads, (1,))
+
+
 def _write(path:Path, layout:_Layout, manifest:Manifest, preprocess:Preprocess,
-           crc:np.ndarray | None, wrong:np.ndarray, workers:int, progress:bool)->np.ndarray:
+           crc:np.ndarray | None, wrong:np.ndarray, pool:Executor, progress:bool)->np.ndarray:
     "Make the items `wrong`, keep the others, and put the whole file in place at once"
     rows = manifest.readable.drop_duplicates('pixels_sha256').set_index('pixels_sha256', drop=False)
     n = len(layout.items)
     crc, wrong = np.zeros(n, np.uint32) if crc is None else crc.copy(), wrong.tolist()
     old = _map(path, layout) if len(wrong) < n else None
-    make = lambda i: _prepare(manifest.root, rows.loc[layout.items[i]], preprocess)
-    with whole_file(path) as part, open(part, 'wb') as f, ThreadPoolExecutor(max(1, workers)) as pool:
+    jobs = zip(*[(manifest.root, rows.loc[layout.items[i]], preprocess) for i in wrong])
+    with whole_file(path) as part, open(part, 'wb') as f, pool:
         f.write(layout.head)
-        made = iter(tqdm(pool.map(make, wrong), 'preprocessing', len(wrong), unit='image', disable=not progress))
+        done = pool.map(_prepare, *jobs, chunksize=8)
+        made = iter(tqdm(done, 'preprocessing', len(wrong), unit='image', disable=not progress))
         missing = set(wrong)
         for i in range(n):
             item = next(made) if i in missing else np.array(old[i])
@@ -212,6 +220,7 @@ def build_cache(
     cache_dir:Path, # folder of cache files, made if absent
     *,
     workers:int=2, # threads that decode and preprocess
+    processes:int=0, # processes that do it instead: worth their start where N4 or a skull strip is asked for
     progress:bool=True, # show a progress bar
 )->Cache: # every readable slice of the manifest, checked
     "Open the cache of a manifest under a preprocessing, making what is missing or damaged"
@@ -223,6 +232,13 @@ def build_cache(
     except OSError as e:
         if e.errno not in _NO_PLACE: raise
         return _as_it_lies(path, layout, manifest, preprocess, e)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        for left in path.parent.glob(f'.{path.name}.*.part'): left.unlink()
+        existed = path.is_file()
+        crc, wrong = _checked(path, layout)
+        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, _pool(workers, processes), progress)
+    return Cache(path, manifest, preprocess, layout, crc, len(wrong), len(wrong) if existed else 0)
 
 # %% ../../nbs/19_data.loaders.ipynb #bfdb5559
 class TensorSlice(TensorImageBW):
