@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.distributed.html.md"""
 # %% auto #0
 __all__ = ['DistributedError', 'check_workers', 'cluster_map', 'scan_distributed']
 
-# %% ../../nbs/15b_data.distributed.ipynb #f83c97b0
+# %% ../../nbs/15b_data.distributed.ipynb #d87b8e24
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from .acquire import Manifest
 from .duplicates import Signatures, scan
 from ..settings import PhoenixError
 
-# %% ../../nbs/15b_data.distributed.ipynb #860a5e05
+# %% ../../nbs/15b_data.distributed.ipynb #a8a82e62
 class DistributedError(PhoenixError):
     "A cluster that can't be used, or that gave up"
 
@@ -32,10 +32,10 @@ def _connect(client):
     if isinstance(client, Client): return client
     try: return Client(client, timeout="10s")
     except (OSError, ValueError, TypeError) as e:
-        raise DistributedError(f"a cluster must be a distributed.Client or the address of a scheduler that answers, got "
-                               f"{client!r} ({type(e).__name__}): start dask scheduler and give its address") from e
+        raise DistributedError("a cluster must be a distributed.Client or the address of a scheduler that answers, "
+                               f"got {client!r} ({type(e).__name__}): start dask scheduler and give its address") from e
 
-# %% ../../nbs/15b_data.distributed.ipynb #179c6523
+# %% ../../nbs/15b_data.distributed.ipynb #3e30feae
 _PACKAGES = ("phoenix-mri", "pillow", "numpy", "scipy") # they decide pixels and hashes
 
 
@@ -53,15 +53,15 @@ def check_workers(
     if not found: raise DistributedError("a cluster must have workers, this one has none: start dask worker")
     for name, (sees, theirs) in sorted(found.items()):
         if not sees:
-            raise DistributedError(f"each worker must see the raw folder under the same path, {name} does not: put it on "
-                                   "a shared disk")
+            raise DistributedError(f"each worker must see the raw folder under the same path, {name} does not: put it "
+                                   "on a shared disk")
         for p in _PACKAGES:
             if theirs[p] != ours[p]:
-                raise DistributedError(f"workers must have the versions of this process, {name} has {p} {theirs[p]}, not "
-                                       f"{ours[p]}: install the same")
+                raise DistributedError(f"workers must have the versions of this process, {name} has {p} {theirs[p]}, "
+                                       f"not {ours[p]}: install the same")
     return len(found)
 
-# %% ../../nbs/15b_data.distributed.ipynb #7c3f12f2
+# %% ../../nbs/15b_data.distributed.ipynb #2af34cf0
 def _each(function, items): return [function(x) for x in items]
 
 
@@ -87,7 +87,7 @@ def cluster_map(
                                "logs, most often the memory was not enough; make batch smaller") from e
     finally: client.cancel(tasks)
 
-# %% ../../nbs/15b_data.distributed.ipynb #2fd81aaa
+# %% ../../nbs/15b_data.distributed.ipynb #d9f2d6d7
 def scan_distributed(
     root:Path, # the raw folder, which all workers see under the same path
     client:Any, # a `distributed.Client`, or the address of a scheduler

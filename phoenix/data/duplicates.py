@@ -82,11 +82,12 @@ def signatures(
     def read(rows):
         one = lambda path: _thumbnails(read_pixels(manifest.root/path, max_megapixels=max_megapixels).grey)
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-            yield from tqdm(pool.map(one, rows.path), total=len(rows), desc="hashing", unit="image", disable=not progress)
+            read = pool.map(one, rows.path)
+            yield from tqdm(read, total=len(rows), desc="hashing", unit="image", disable=not progress)
 
     return _sign(manifest.table, read)
 
-# %% ../../nbs/14_data.duplicates.ipynb #3880c836
+# %% ../../nbs/14_data.duplicates.ipynb #022b8f5c
 def scan(
     root:Path, # class folders, Training/Testing/validation trees, or a folder with manifest.csv
     **options, # of `read_folder`

@@ -6,7 +6,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.hashes.html.md"""
 
 # %% auto #0
 __all__ = ['VIEWS', 'HashError', 'turn', 'inverse_view', 'thumbnail', 'phash', 'thumbnail_hashes', 'view_hashes', 'is_flat',
-           'FileHashes', 'hash_files', 'hash_thumbnails', 'hamming_search']
+           'hash_thumbnails', 'FileHashes', 'hash_files', 'hamming_search']
 
 # %% ../../nbs/13a_data.hashes.ipynb #5e164c18
 import hashlib
@@ -55,7 +55,7 @@ def inverse_view(
     if "mirror" in view: return view
     return view.replace("90", "x").replace("270", "90").replace("x", "270")
 
-# %% ../../nbs/13a_data.hashes.ipynb #f3bac848
+# %% ../../nbs/13a_data.hashes.ipynb #30212317
 def _sinc(x): return math.sin(math.pi*x)/(math.pi*x) if x else 1.
 
 _FILTERS = {Image.Resampling.LANCZOS: (lambda x: _sinc(x)*_sinc(x/3) if abs(x) < 3 else 0., 3),
@@ -82,7 +82,7 @@ def _bands(table, width=8):
         low, high = used[0], used[-1] + 1
         yield low, high, np.ascontiguousarray(table[low:high, k:k + width])
 
-# %% ../../nbs/13a_data.hashes.ipynb #66eee580
+# %% ../../nbs/13a_data.hashes.ipynb #1f835806
 def _shrink_columns(grey, bands):
     "One pass: float64 `(H,W)` of whole grey levels to `(H,side)`, rounded and clipped as Pillow does"
     out = np.concatenate([grey[:, low:high] @ block for low, high, block in bands], axis=1)
@@ -108,7 +108,7 @@ def _plan(n, side, method):
             return bands, down_first
     return None
 
-# %% ../../nbs/13a_data.hashes.ipynb #013069bf
+# %% ../../nbs/13a_data.hashes.ipynb #3c70efe5
 def thumbnail(
     grey:np.ndarray, # `(H,W)`, uint8 or uint16
     side:int, # width and height of the result, pixels
@@ -163,7 +163,7 @@ def view_hashes(
     "The hash of each view of a picture's 32×32 thumbnail"
     return thumbnail_hashes(thumbnail(grey, 32))
 
-# %% ../../nbs/13a_data.hashes.ipynb #b6b96056
+# %% ../../nbs/13a_data.hashes.ipynb #af70830a
 def is_flat(
     small:np.ndarray, # uint8 `(...,32,32)`, from `thumbnail`
 )->np.ndarray: # bool `(...)`
@@ -171,7 +171,17 @@ def is_flat(
     low = _low(small).reshape(*small.shape[:-2], 64)
     return (np.abs(low[..., 1:]) > 1e-6).sum(axis=-1) <= 7
 
-# %% ../../nbs/13a_data.hashes.ipynb #856cc562
+# %% ../../nbs/13a_data.hashes.ipynb #9ffb43cc
+def hash_thumbnails(
+    small:np.ndarray, # uint8 `(N,32,32)`, from `thumbnail`
+    block:int=1024, # pictures transformed at once
+)->tuple[np.ndarray,np.ndarray]: # uint64 `(N,16)` in the order of `VIEWS`; bool `(N,)`, see `is_flat`
+    "Hashes and flags of many thumbnails in bounded memory"
+    parts = [small[k:k + block] for k in range(0, len(small), block)]
+    hashes = [np.zeros((0, 16), np.uint64), *(thumbnail_hashes(x) for x in parts)]
+    return np.concatenate(hashes), np.concatenate([np.zeros(0, bool), *(is_flat(x) for x in parts)])
+
+# %% ../../nbs/13a_data.hashes.ipynb #ceedd70e
 @dataclass(frozen=True)
 class FileHashes:
     "Hashes of files, in the order in which they were given"
@@ -211,16 +221,6 @@ def hash_files(
     hashes, flat = hash_thumbnails(small)
     hashes[list(problems)] = 0
     return FileHashes(tuple(shas), hashes, flat, problems)
-
-
-def hash_thumbnails(
-    small:np.ndarray, # uint8 `(N,32,32)`, from `thumbnail`
-    block:int=1024, # pictures transformed at once
-)->tuple[np.ndarray,np.ndarray]: # uint64 `(N,16)` in the order of `VIEWS`; bool `(N,)`, see `is_flat`
-    "Hashes and flags of many thumbnails in bounded memory"
-    parts = [small[k:k + block] for k in range(0, len(small), block)]
-    hashes = [np.zeros((0, 16), np.uint64), *(thumbnail_hashes(x) for x in parts)]
-    return np.concatenate(hashes), np.concatenate([np.zeros(0, bool), *(is_flat(x) for x in parts)])
 
 # %% ../../nbs/13a_data.hashes.ipynb #06ef4281
 def hamming_search(

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.search.html.md"""
 # %% auto #0
 __all__ = ['SearchError', 'chunks', 'plan_chunks', 'NearPairs', 'near_pairs', 'near_queries']
 
-# %% ../../nbs/13c_data.search.ipynb #7765e145
+# %% ../../nbs/13c_data.search.ipynb #d7400629
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,7 +18,7 @@ import numpy as np
 from .hashes import hamming_search
 from ..settings import PhoenixError
 
-# %% ../../nbs/13c_data.search.ipynb #49b20284
+# %% ../../nbs/13c_data.search.ipynb #d2bb3d47
 class SearchError(PhoenixError):
     "A search that can't be made, or with more pairs than were asked for"
 
@@ -29,7 +29,7 @@ def _check(radius, *arrays):
     for a in arrays:
         if a.dtype != np.uint64: raise SearchError(f"hashes must be uint64 words, got {a.dtype}; make them anew")
 
-# %% ../../nbs/13c_data.search.ipynb #ade87c30
+# %% ../../nbs/13c_data.search.ipynb #b0ee22ad
 def chunks(
     m:int, # how many
 )->list[tuple[int,int]]: # (lowest bit, width), from the highest chunk down
@@ -61,7 +61,7 @@ def _put_back(words, m, chosen):
         out |= ((words >> np.uint64(at)) & np.uint64(2**cut[c][1] - 1)) << np.uint64(cut[c][0])
     return out
 
-# %% ../../nbs/13c_data.search.ipynb #c5e6cdaa
+# %% ../../nbs/13c_data.search.ipynb #672992b7
 def _first_here(difference, m, chosen):
     "Whether this table is the first in which words with this difference agree"
     first = np.ones(difference.shape, dtype=bool)
@@ -71,7 +71,7 @@ def _first_here(difference, m, chosen):
         first &= same if c in chosen else ~same
     return first
 
-# %% ../../nbs/13c_data.search.ipynb #1d1ac83e
+# %% ../../nbs/13c_data.search.ipynb #e35b56cc
 def _dealt(words, sample=1 << 14):
     "Which bit goes to each place, or None where bits are balanced as they are"
     some = np.ascontiguousarray(words[::max(1, len(words)//sample)].astype(">u8"))
@@ -89,7 +89,7 @@ def _move_bits(words, order, block=1 << 16):
         out[k:k + block] = np.packbits(np.ascontiguousarray(bits[:, order])).view(">u8")
     return out.reshape(words.shape)
 
-# %% ../../nbs/13c_data.search.ipynb #ce74035b
+# %% ../../nbs/13c_data.search.ipynb #70e371d8
 _BLOCK = 1 << 21 # comparisons at once: a few arrays of 16 MB
 
 
@@ -109,7 +109,7 @@ def _compare(left, right, low, high, radius):
         if len(hit): yield rows[np.searchsorted(ends[start:stop] - done, hit, side="right")], j[hit]
         start = stop
 
-# %% ../../nbs/13c_data.search.ipynb #fa3e2848
+# %% ../../nbs/13c_data.search.ipynb #4a8dcada
 def _table_within(words, m, chosen, radius):
     "Pairs (a, b) of near words that agree in the chosen chunks and in no earlier choice"
     moved, bits = _bring_up(words, m, chosen)
@@ -138,7 +138,7 @@ def _kept(hits, left, right, m, chosen):
         found.append(np.stack([a, b])[:, _first_here(a ^ b, m, chosen)])
     return np.concatenate(found, axis=1)
 
-# %% ../../nbs/13c_data.search.ipynb #b20f5163
+# %% ../../nbs/13c_data.search.ipynb #f8f0821d
 _COST = dict(word=1e-7, pair=1.2e-8, brute=1e-9) # seconds: a word in a table, a pair in a table, a pair of all with all
 
 
@@ -170,7 +170,7 @@ def plan_chunks(
         costs[m] = fixed + tables*_COST["pair"]*compared
     return min(costs, key=costs.get)
 
-# %% ../../nbs/13c_data.search.ipynb #395286f9
+# %% ../../nbs/13c_data.search.ipynb #690a6fb5
 @dataclass(frozen=True)
 class NearPairs:
     "Near pairs in compact form: rows with equal words, and pairs of different words"
@@ -207,7 +207,7 @@ class NearPairs:
         order = np.lexsort((b, a))
         return a[order], b[order], bits[order]
 
-# %% ../../nbs/13c_data.search.ipynb #fc77dec4
+# %% ../../nbs/13c_data.search.ipynb #8da86760
 def _members(word_of, n):
     "Rows sorted by word, and where each word's rows begin"
     return np.argsort(word_of, kind="stable"), np.concatenate([[0], np.bincount(word_of, minlength=n).cumsum()])
@@ -221,7 +221,7 @@ def _spread(i, j, left, right):
     at = np.arange(len(pair)) - np.repeat((n*m).cumsum() - n*m, n*m)
     return rows[start[i][pair] + at//m[pair]], others[begin[j][pair] + at % m[pair]], pair
 
-# %% ../../nbs/13c_data.search.ipynb #693b073f
+# %% ../../nbs/13c_data.search.ipynb #d965c940
 def _even(radius, *arrays):
     "The radius that is enough: distances are even where all words have bit counts of one parity, as pHashes have"
     parity = {int(p) for a in arrays if len(a) for p in np.unique(np.bitwise_count(a) & 1)}
@@ -246,7 +246,7 @@ def _search(table, brute, arrays, radius, most, workers):
     found = np.concatenate(found, axis=1)
     return found if order is None else _move_bits(found, np.argsort(order))
 
-
+# %% ../../nbs/13c_data.search.ipynb #c23593df
 def _brute_within(words, radius):
     "Pairs of words `(2,P)` by comparing all with all, each pair once, block by block"
     for start in range(0, len(words), 256):
@@ -260,7 +260,7 @@ def _brute_between(queries, targets, radius):
     for i, j, _, _ in hamming_search(queries[:, None], targets, hamming=radius):
         yield np.stack([queries[i], targets[j]])
 
-# %% ../../nbs/13c_data.search.ipynb #6f45b464
+# %% ../../nbs/13c_data.search.ipynb #4d6d236c
 def near_pairs(
     hashes:np.ndarray, # uint64 `(N,)`
     radius:int=5, # largest distance, bits
@@ -277,7 +277,7 @@ def near_pairs(
     order = np.lexsort((j, i))
     return NearPairs(words, word_of, i[order], j[order], np.bitwise_count(words[i] ^ words[j])[order])
 
-# %% ../../nbs/13c_data.search.ipynb #90877244
+# %% ../../nbs/13c_data.search.ipynb #2b3ca49a
 def near_queries(
     queries:np.ndarray, # uint64 `(N,V)`, the views of each picture
     targets:np.ndarray, # uint64 `(M,)`
