@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.overlap.html.md"""
 __all__ = ['TUMOURS', 'WAYS', 'OverlapError', 'link_set', 'union', 'set_of', 'twins', 'overlap_table', 'plot_overlap',
            'compatible', 'conflicts', 'plot_conflicts']
 
-# %% ../../nbs/15a_data.overlap.ipynb #4a0f14a2
+# %% ../../nbs/15a_data.overlap.ipynb #dac027b8
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,19 +19,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from .acquire import Manifest, build_manifest, normalise_class
-from .duplicates import plot_twins
-from ..plots import style
+from .hashes import thumbnail
+from .pixels import read_pixels
+from ..plots import class_colour, show_grid, style
 from ..records import write_text
 from ..settings import PhoenixError
 
-# %% ../../nbs/15a_data.overlap.ipynb #84139b29
+# %% ../../nbs/15a_data.overlap.ipynb #3130ac65
 class OverlapError(PhoenixError):
     "Sets that cannot be put side by side"
 
 
 TUMOURS = ("glioma", "meningioma", "pituitary") # classes that a coarser set calls 'tumor'
 
-# %% ../../nbs/15a_data.overlap.ipynb #afb876e3
+# %% ../../nbs/15a_data.overlap.ipynb #ef6a5972
 def link_set(
     root:Path, # folder of the pictures, only read
     rows:pd.DataFrame, # columns file (below `root`) and label; patient, fold, source and any others are kept
@@ -57,7 +58,7 @@ def _fill(folder, rows, links):
         raise OverlapError(f"The folder must be on a disk that takes links, got {e.strerror}; choose another") from e
     write_text(folder/"manifest.csv", rows.to_csv(index=False))
 
-# %% ../../nbs/15a_data.overlap.ipynb #86f8b3ce
+# %% ../../nbs/15a_data.overlap.ipynb #98d7637d
 def _named(name, manifest, first):
     "The rows of one set in the union's table, its folds counted from `first`"
     t = manifest.table
@@ -77,7 +78,7 @@ def _check_names(names):
             raise OverlapError(f"A set's name must be a short word that is no class and no split, got {n!r}; rename it")
     if len(names) < 2: raise OverlapError(f"A union needs two sets or more, got {len(names)}; add one")
 
-# %% ../../nbs/15a_data.overlap.ipynb #ddfa329d
+# %% ../../nbs/15a_data.overlap.ipynb #599ee048
 def union(
     manifests:Mapping[str,Manifest], # by the name that each set has in the union
     folder:Path, # new or empty; gets manifest.csv and a link to the root of each set
@@ -106,7 +107,7 @@ def set_of(
     "Which set a file of a union comes from"
     return paths.str.split("/", n=1).str[0]
 
-# %% ../../nbs/15a_data.overlap.ipynb #1cd3864d
+# %% ../../nbs/15a_data.overlap.ipynb #23f6ac4f
 WAYS = ("upright", "mirrored", "turned", "inverted")
 
 
@@ -131,7 +132,7 @@ def twins(
     best["way"] = [WAYS[k] for k in best.way]
     return best[["path", "label", "set_a", "set_b", "way", "twin"]]
 
-# %% ../../nbs/15a_data.overlap.ipynb #56b3242a
+# %% ../../nbs/15a_data.overlap.ipynb #9d76e87e
 def overlap_table(
     union:Manifest, # from `union`
     pairs:pd.DataFrame, # from `find_pairs` on it
@@ -154,7 +155,7 @@ def overlap_table(
                                                    share=sum(counts.values())/n, **counts))
     return pd.DataFrame(out)[["set_a", "set_b", *keys[1:], "files", "twins", "share", *WAYS]]
 
-# %% ../../nbs/15a_data.overlap.ipynb #1d0fb37a
+# %% ../../nbs/15a_data.overlap.ipynb #4b78d276
 def plot_overlap(
     table:pd.DataFrame, # from `overlap_table`
     *,
@@ -181,7 +182,7 @@ def plot_overlap(
                      else "No file of one set stands in another")
     return ax
 
-# %% ../../nbs/15a_data.overlap.ipynb #cb4ed981
+# %% ../../nbs/15a_data.overlap.ipynb #9e80155a
 def compatible(
     a:str, # a label, normalised or not
     b:str, # another
@@ -190,7 +191,7 @@ def compatible(
     a, b = normalise_class(a), normalise_class(b)
     return a == b or (a == "tumor" and b in TUMOURS) or (b == "tumor" and a in TUMOURS)
 
-# %% ../../nbs/15a_data.overlap.ipynb #1940c7ee
+# %% ../../nbs/15a_data.overlap.ipynb #3b6d420f
 def conflicts(
     manifest:Manifest, # of a set, or of a union
     pairs:pd.DataFrame, # from `find_pairs` on it
@@ -207,7 +208,7 @@ def conflicts(
     rows = rows if across == "anywhere" else rows[two] if across == "sets" else rows[~two]
     return rows[["a", "b", "label_a", "label_b", "kind", "view", "score"]].reset_index(drop=True)
 
-# %% ../../nbs/15a_data.overlap.ipynb #a6b56c0c
+# %% ../../nbs/15a_data.overlap.ipynb #02119adb
 def plot_conflicts(
     manifest:Manifest, # of the set or union
     pairs:pd.DataFrame, # from `find_pairs` on it
@@ -216,6 +217,14 @@ def plot_conflicts(
     across:str="anywhere", # as for `conflicts`
     ax:Axes|None=None, # where to draw; a new figure when None
 )->Axes: # the grid
-    "Pairs with two labels side by side"
-    found = conflicts(manifest, pairs, across=across)
-    return plot_twins(manifest, pairs.merge(found[["a", "b"]]), n, ax=ax)
+    "Pairs with two labels side by side, each picture once"
+    found, rows = conflicts(manifest, pairs, across=across), manifest.table.set_index("path")
+    same = [frozenset((rows.pixels_sha256[a], rows.pixels_sha256[b])) for a, b in zip(found.a, found.b)]
+    chosen = found[~pd.Series(same, dtype=object, index=found.index).duplicated()].head(n)
+    if not len(chosen): raise OverlapError("There must be a conflict to show, got none; look at conflicts() first")
+    files = [(p, r) for r in chosen.itertuples() for p in (r.a, r.b)]
+    images = [thumbnail(read_pixels(Path(manifest.root)/p).grey, 128) for p, _ in files]
+    titles = [f"{p.split('/')[0]}: {rows.label[p]}\n{r.view if p == r.b else r.kind}" for p, r in files]
+    colours = [class_colour(rows.label[p]) for p, _ in files]
+    ax = ax or plt.subplots(figsize=(6.8, 2.3*max(1, -(-len(images)//4))))[1]
+    return show_grid(images, titles, cols=4, colours=colours, ax=ax)

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.vault.html.md"""
 # %% auto #0
 __all__ = ['VaultError', 'Look', 'Ledger', 'Vault', 'test_vault', 'predictions_of', 'plot_looks']
 
-# %% ../../nbs/46_evaluate.vault.ipynb #a6058b64
+# %% ../../nbs/46_evaluate.vault.ipynb #85bd44ed
 import base64
 import datetime
 import hashlib
@@ -33,11 +33,11 @@ from ..plots import style
 from ..records import Run, hash_json, read_json, sha256_bytes, write_bytes, write_json, write_text
 from ..settings import PhoenixError
 
-# %% ../../nbs/46_evaluate.vault.ipynb #55fd777a
+# %% ../../nbs/46_evaluate.vault.ipynb #81845526
 class VaultError(PhoenixError):
     "A vault that cannot be opened or trusted, or predictions it does not take"
 
-# %% ../../nbs/46_evaluate.vault.ipynb #2b6b82e0
+# %% ../../nbs/46_evaluate.vault.ipynb #605687a2
 def _stream(key, data):
     "`data` XORed with the stream of a key: the same again gives it back"
     pad = hashlib.shake_256(key).digest(len(data))
@@ -48,7 +48,7 @@ def _seal_of(key, plain):
     "What tells whether the labels are the sealed ones, and nothing about them to whoever lacks the key"
     return hmac.new(key, plain, "sha256").hexdigest()
 
-# %% ../../nbs/46_evaluate.vault.ipynb #abfba2a3
+# %% ../../nbs/46_evaluate.vault.ipynb #2182eefc
 @dataclass(frozen=True)
 class Look:
     "One look at the test labels: the scores, and where the ledger stands"
@@ -78,7 +78,7 @@ class Ledger:
                 for e in self.entries if e.get("kind") == "look"]
         return pd.DataFrame(rows, columns=["look", "time", "who", "why", "accuracy"])
 
-# %% ../../nbs/46_evaluate.vault.ipynb #c75de528
+# %% ../../nbs/46_evaluate.vault.ipynb #3147196e
 def _entry(previous, **what):
     "The next line of a ledger, with the hash of everything in it"
     body = what | dict(n=previous["n"] + 1 if previous else 0, previous=previous["hash"] if previous else "",
@@ -97,7 +97,7 @@ def _check_chain(entries):
             yield f"entry {k} does not follow the one before it: entries were removed, exchanged or reordered"
         last = e if isinstance(e, dict) and "hash" in e else None
 
-# %% ../../nbs/46_evaluate.vault.ipynb #b1fc0251
+# %% ../../nbs/46_evaluate.vault.ipynb #6a9f9b6d
 def _parse(text):
     "Entries of a ledger's text; what is no entry becomes the line itself"
     for line in text.splitlines():
@@ -120,7 +120,7 @@ def _check_receipts(entries, receipts):
         if known.get(r["looks"]) != r["head"]:
             yield f"a run holds the receipt of look {r['looks']}, which the ledger does not: it was cut off or rewritten"
 
-# %% ../../nbs/46_evaluate.vault.ipynb #03e65424
+# %% ../../nbs/46_evaluate.vault.ipynb #5a673bc2
 class Vault:
     "Test labels behind a door that counts"
     def __init__(self,
@@ -158,7 +158,7 @@ def _read_key(path):
         raise VaultError(f"The vault {path.name!r} must be opened with its key, it holds none; pass key=")
     return bytes.fromhex((path/"key").read_text().strip())
 
-# %% ../../nbs/46_evaluate.vault.ipynb #5749c816
+# %% ../../nbs/46_evaluate.vault.ipynb #d06de1aa
 @patch
 def verify(self:Vault,
     runs_dir:Path|None=None, # folder of run folders, whose receipts must be in the ledger
@@ -183,7 +183,7 @@ def _receipts(self:Vault, runs_dir):
     found = [r for p in sorted(Path(runs_dir).glob("*/looks.json")) for r in read_json(p)]
     return [r for r in found if r["vault"] == mine]
 
-# %% ../../nbs/46_evaluate.vault.ipynb #cf8debb9
+# %% ../../nbs/46_evaluate.vault.ipynb #dede0b42
 @patch(cls_method=True)
 def seal(cls:Vault,
     labels:Mapping[str,str], # path → label of every test picture
@@ -222,7 +222,7 @@ def _same(vault, content):
     if vault._open() == content: return vault
     raise VaultError(f"The vault {vault.path.name!r} must hold these labels, it holds others; seal them under another name")
 
-# %% ../../nbs/46_evaluate.vault.ipynb #5a5d226c
+# %% ../../nbs/46_evaluate.vault.ipynb #a266e997
 def _matrix(predictions, content):
     "Probabilities `(N,K)` in the order of the sealed labels"
     paths, classes = list(content["labels"]), content["classes"]
@@ -241,7 +241,7 @@ def _scored(content, paths, probs, n, seed):
     spans = {k: dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups) for k, i in found.items()}
     return scores(probs, targets, content["classes"]), spans
 
-# %% ../../nbs/46_evaluate.vault.ipynb #e9db5c81
+# %% ../../nbs/46_evaluate.vault.ipynb #90d4b3ed
 @patch
 def look(self:Vault,
     predictions:pd.DataFrame, # probabilities, a row for each sealed path and a column for each class in order
@@ -275,16 +275,17 @@ def _keep(run, receipt):
     path = run.file("looks.json")
     write_json(path, [*(read_json(path) if path.exists() else []), receipt])
 
-# %% ../../nbs/46_evaluate.vault.ipynb #52ba8d8c
+# %% ../../nbs/46_evaluate.vault.ipynb #fb5956c3
 def test_vault(
     certificate:object, # a `Certificate`
-    labels:Mapping[str,str], # path → label; those on its side are taken
+    labels:Mapping[str,str]|pd.Series, # path → label; those on its side are taken
     runs_dir:Path, # folder of run folders; the vault lies in `vaults` there
     *,
     side:str="test", # of the split
     classes:list[str]|None=None, # order of predictions; sorted labels when None
 )->Vault: # the same one for the same certificate
     "The vault of one side of a certified split"
+    labels = dict(labels)
     mine = {p: labels[p] for p in certificate.paths(side)}
     path = Path(runs_dir)/"vaults"/f"{certificate.sha256[:16]}-{side}"
     return Vault.seal(mine, path, classes=classes or sorted(set(labels.values())), groups=certificate.groups,
@@ -299,7 +300,7 @@ def predictions_of(
     "Probabilities as a table by path"
     return pd.DataFrame(np.asarray(probs, dtype=float), index=list(paths), columns=list(classes))
 
-# %% ../../nbs/46_evaluate.vault.ipynb #edf3c8cc
+# %% ../../nbs/46_evaluate.vault.ipynb #57ca5c46
 def plot_looks(
     ledger:Ledger, # from `Vault.verify`
     *,
@@ -315,5 +316,6 @@ def plot_looks(
         ax.set(xlabel="look", ylabel="test accuracy, %")
         best = 100*t.accuracy.max()
         ax.set_title(f"After {len(t)} looks the best is {best:.1f} %, the mean {100*t.accuracy.mean():.1f} %")
-        ax.legend()
+        ax.margins(y=.2)
+        ax.legend(loc="upper left", ncols=2)
     return ax
