@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -203,7 +204,7 @@ def conflicts(
         raise OverlapError(f"across must be 'anywhere', 'sets' or 'within', got {across!r}; choose one")
     label = manifest.table.set_index("path").label
     rows = pairs[pairs.confirmed].assign(label_a=lambda p: p.a.map(label), label_b=lambda p: p.b.map(label))
-    rows = rows[[not compatible(a, b) for a, b in zip(rows.label_a, rows.label_b)]]
+    rows = rows[np.array([not compatible(*x) for x in zip(rows.label_a, rows.label_b)], dtype=bool)]
     two = set_of(rows.a) != set_of(rows.b)
     rows = rows if across == "anywhere" else rows[two] if across == "sets" else rows[~two]
     return rows[["a", "b", "label_a", "label_b", "kind", "view", "score"]].reset_index(drop=True)

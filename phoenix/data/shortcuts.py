@@ -161,11 +161,13 @@ def file_parts(
             size, name = struct.unpack(">I4s", data[at:at + 8])
             parts.append((name.decode("latin-1"), data[at + 8:at + 8 + size]))
             at += size + 12
+        if at > len(data): parts.pop() # cut off
     elif data[:2] == b"\xff\xd8":
         at = 2
         while at + 4 <= len(data) and data[at] == 0xff:
             marker, size = struct.unpack(">BH", data[at + 1:at + 4])
             if marker == 0xff: at += 1 # a fill byte
+            elif at + 2 + size > len(data): break # cut off
             else:
                 parts.append((f"{marker:02X}", data[at + 4:at + 2 + size]))
                 at += size + 2
@@ -205,7 +207,8 @@ def encoder_features(
     for name, body in parts:
         if len(name) == 2: out |= _jpeg_traits(name, body)
         else: out[f"chunk {name}"] = 1.
-        if name == "IHDR": out |= {"depth": float(body[8]), "colour type": float(body[9]), "interlace": float(body[12])}
+        if name == "IHDR" and len(body) == 13:
+            out |= {"depth": float(body[8]), "colour type": float(body[9]), "interlace": float(body[12])}
         if name == "IDAT": out.setdefault("deflate level", float(body[1] >> 6 if len(body) > 1 else 0))
         if program := _software(name, body): out[f"software {program}"] = 1.
     return out
@@ -450,7 +453,7 @@ def image_quality(
     where = np.asarray(Image.fromarray(found).resize(x.shape[::-1], Image.Resampling.NEAREST))
     inside, back = x[where == INSIDE], x[where == BACKGROUND]
     if not len(inside) or not inside.mean(): return dict(snr=np.nan, contrast=np.nan, sharpness=np.nan)
-    spread = back.std()/.655 if len(back) else 0.
+    spread = back[back <= np.percentile(back, 95)].std()/.559 if len(back) else 0.
     small = thumbnail(grey, 256, Image.Resampling.BICUBIC).astype(float)
     core = np.asarray(Image.fromarray(found).resize((256, 256), Image.Resampling.NEAREST)) == INSIDE
     edges = ndimage.laplace(small)[core]

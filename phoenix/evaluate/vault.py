@@ -256,8 +256,9 @@ def look(self:Vault,
     if not who.strip() or not why.strip():
         raise VaultError(f"A look must say who and why, got {who!r} and {why!r}; say both")
     with self._lock():
-        checked, content = self.verify(), self._open()
+        checked = self.verify()
         if not checked.ok: raise VaultError(f"The ledger must be whole, but {checked.reasons[0]}; find out who did it")
+        content = self._open()
         paths, probs = _matrix(predictions, content)
         found, spans = _scored(content, paths, probs, n, seed)
         entry = _entry(checked.entries[-1], kind="look", who=who, why=why, predictions=sha256_bytes(probs.tobytes()),
