@@ -171,7 +171,7 @@ def plot_overlap(
         ax.imshow(share, cmap="Reds", vmin=0, vmax=1, aspect="auto")
         for r in table.itertuples():
             turned = r.twins - r.upright
-            text = f"{r.twins:,} of {r.files:,}" + (f"\n{turned:,} only turned or mirrored" if turned else "")
+            text = f"{r.twins:,} of {r.files:,}" + (f"\n{turned:,} not upright" if turned else "")
             at = list(share.index).index(r.set_b), list(share.index).index(r.set_a)
             ax.text(*at, text, ha="center", va="center", fontsize=8, color="white" if r.share > .55 else "black")
         ax.set_xticks(range(n), share.columns)
@@ -198,7 +198,7 @@ def conflicts(
     pairs:pd.DataFrame, # from `find_pairs` on it
     *,
     across:str="anywhere", # 'anywhere', 'sets' for pairs of two sets of a union, 'within' for pairs of one set
-)->pd.DataFrame: # columns a, b, label_a, label_b, kind, view, score
+)->pd.DataFrame: # columns a, b, label_a, label_b, kind, view, score, same_patient
     "Confirmed pairs whose labels can't both be right"
     if across not in ("anywhere", "sets", "within"):
         raise OverlapError(f"across must be 'anywhere', 'sets' or 'within', got {across!r}; choose one")
@@ -207,7 +207,9 @@ def conflicts(
     rows = rows[np.array([not compatible(*x) for x in zip(rows.label_a, rows.label_b)], dtype=bool)]
     two = set_of(rows.a) != set_of(rows.b)
     rows = rows if across == "anywhere" else rows[two] if across == "sets" else rows[~two]
-    return rows[["a", "b", "label_a", "label_b", "kind", "view", "score"]].reset_index(drop=True)
+    who = manifest.table.set_index("path")[["source", "patient"]].agg("\0".join, axis=1)
+    rows["same_patient"] = (rows.a.map(who) == rows.b.map(who)) & ~rows.a.map(who).str.endswith("\0")
+    return rows[["a", "b", "label_a", "label_b", "kind", "view", "score", "same_patient"]].reset_index(drop=True)
 
 # %% ../../nbs/15a_data.overlap.ipynb #02119adb
 def plot_conflicts(

@@ -215,7 +215,8 @@ a{color:var(--link)}
 .stamp,.warning{margin:.7rem 0;padding:.55rem .8rem;border-left:.3rem solid;border-radius:.2rem;max-width:none}
 .stamp{color:var(--stamp);background:var(--stampbg);font-weight:600}
 .warning{color:var(--warn);background:var(--warnbg)}
-.alarm{margin:.7rem 0;padding:.6rem .8rem;border-radius:.2rem;max-width:none;color:#fff;background:#a51d1d;font-weight:600}
+.alarm{margin:.7rem 0;padding:.6rem .8rem;border-radius:.2rem;max-width:none;color:#fff;background:#a51d1d;
+font-weight:600}
 .alarm a{color:#fff}
 nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;padding:0;margin:1rem 0 0;list-style:none;font-size:.92rem}
 nav li{margin:0}
@@ -629,8 +630,9 @@ def shortcut_section(
     alarms = [a[0].upper() + a[1:] for a in alarms]
     said = ('A probe is red when even the low end of its interval leaves guessing behind by a tenth of what is left. '
             f'{len(red)} of {len(probes)} probes are red.')
-    return Section('Shortcuts', [*text, said], [Table(probes, 'What each accident tells about the label')], list(figures),
-                   numbers=dict(red=len(red), probes=len(probes)), alarms=alarms)
+    table = Table(probes, 'What each accident tells about the label')
+    return Section('Shortcuts', [*text, said], [table], list(figures), alarms=alarms,
+                   numbers=dict(red=len(red), probes=len(probes)))
 
 # %% ../../nbs/48_evaluate.report.ipynb #ce05942c
 def overlap_section(
@@ -645,8 +647,9 @@ def overlap_section(
     shared = apart[apart['twins'] > 0]
     said = [f'{r.twins} of {r.files} files of {r.set_a} ({100*r.share:.1f} %) have a twin in {r.set_b}, '
             f'{r.twins - r.upright} of them only mirrored, turned or inverted.' for r in shared.itertuples()]
-    warnings = [f'Testing {r.set_b} on what was trained on {r.set_a}, or the other way, is no external validation: they share '
-                'pictures.' for r in shared.drop_duplicates('set_a').itertuples()][:1]
+    pairs = dict.fromkeys(tuple(sorted((r.set_a, r.set_b))) for r in shared.itertuples())
+    warnings = [f'Training on {a} and testing on {b}, or the other way, is no external validation: they share pictures.'
+                for a, b in pairs]
     tables = [Table(table, 'Files of each set (A) with a twin in each set (B)')]
     if len(conflicts): tables.append(Table(conflicts, 'One picture, two labels that cannot both be right', rows=20))
     pairs = {'One picture, two labels': list(gallery)} if gallery else {}

@@ -109,7 +109,7 @@ def _check_head(entries, head):
     "The ledger against the count and hash that stand beside it"
     n, last = len(entries) - 1, entries[-1]["hash"] if entries and isinstance(entries[-1], dict) else ""
     if n < head["looks"]: yield f"the ledger ends after {n} looks, the head counts {head['looks']}: its end was cut off"
-    elif n > head["looks"] + 1: yield f"the head counts {head['looks']} looks, the ledger holds {n}: the head was put back"
+    elif n > head["looks"] + 1: yield f"the head counts {head['looks']} looks, the ledger {n}: the head was put back"
     elif n == head["looks"] and last != head["head"]: yield "the ledger's last entry is not the one the head names"
 
 
@@ -118,7 +118,7 @@ def _check_receipts(entries, receipts):
     known = {e["n"]: e.get("hash") for e in entries if isinstance(e, dict) and "n" in e}
     for r in receipts:
         if known.get(r["looks"]) != r["head"]:
-            yield f"a run holds the receipt of look {r['looks']}, which the ledger does not: it was cut off or rewritten"
+            yield f"a run was told of look {r['looks']}, which the ledger does not hold: it was cut off or rewritten"
 
 # %% ../../nbs/46_evaluate.vault.ipynb #5a673bc2
 class Vault:
@@ -204,7 +204,8 @@ def seal(cls:Vault,
     with FileLock(path/".lock", timeout=120):
         if (path/"labels.bin").is_file(): return _same(cls(path), content)
         key, plain = secrets.token_bytes(32), zlib.compress(json.dumps(content).encode())
-        first = _entry(None, kind="sealed", name=name, pictures=len(labels), classes=classes, labels=_seal_of(key, plain))
+        first = _entry(None, kind="sealed", name=name, pictures=len(labels), classes=classes,
+                       labels=_seal_of(key, plain))
         if keep_key: _write_key(path, key)
         write_text(path/"ledger.jsonl", json.dumps(first) + "\n")
         write_json(path/"head.json", dict(looks=0, head=first["hash"]))
@@ -220,7 +221,7 @@ def _write_key(path, key):
 def _same(vault, content):
     "The vault, if it holds the same labels"
     if vault._open() == content: return vault
-    raise VaultError(f"The vault {vault.path.name!r} must hold these labels, it holds others; seal them under another name")
+    raise VaultError(f"The vault {vault.path.name!r} must hold these labels, it holds others; name another folder")
 
 # %% ../../nbs/46_evaluate.vault.ipynb #a266e997
 def _matrix(predictions, content):
