@@ -186,7 +186,7 @@ def _leak_text(leak):
     flat = [dict(twin=k, images=str(v)) for k, v in leak.items() if not isinstance(v, dict)]
     return lines(flat)
 
-# %% ../nbs/91_cli.ipynb #d683f00f
+# %% ../nbs/91_cli.ipynb #1365aa4c
 @command(data_app, "shortcuts", "phoenix data shortcuts data/raw/phantom --split Training")
 def data_shortcuts(
     folder:Path, # raw folder
@@ -299,7 +299,7 @@ def _train(run, manifest, cert, s, published_split):
         synthetic=manifest.synthetic, published=published_split)
     return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
 
-# %% ../nbs/91_cli.ipynb #9ac8793c
+
 def _look(cert, rows, probs, classes, why, **how):
     "A look at the test labels of a certificate, counted in the folder of runs"
     from phoenix.evaluate.vault import predictions_of, test_vault
@@ -469,7 +469,7 @@ def verify(
     text = f"{found.state}" + "".join(f"\n- {r}" for r in found.reasons)
     return Reply(dict(ok=found.ok, state=found.state, reasons=list(found.reasons)), text, int(not found.ok))
 
-# %% ../nbs/91_cli.ipynb #18ce590f
+# %% ../nbs/91_cli.ipynb #7c81717e
 def _csv(path, *columns):
     "A table with the columns asked for, by path"
     import pandas as pd
@@ -493,7 +493,7 @@ def vault_seal(
     text = lines([{"class": k, "pictures": v} for k, v in counts.items()])
     return Reply(dict(vault=str(vault), pictures=len(table)), text)
 
-# %% ../nbs/91_cli.ipynb #f63e6cac
+# %% ../nbs/91_cli.ipynb #b3f20397
 @command(vault_app, "look", "phoenix vault look runs/vaults/mine predictions.csv --who me --why 'network 1'")
 def vault_look(
     vault:Path, # sealed folder
