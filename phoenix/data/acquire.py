@@ -277,7 +277,7 @@ def _with_patients(root, rows, rule):
     folds = {f: {"fold": int(n)} for f, n in zip(found.file, found.fold) if n}
     return [r | said[r["path"]] | folds.get(r["path"], {}) for r in rows]
 
-# %% ../../nbs/12_data.acquire.ipynb #bc2e0d6b
+# %% ../../nbs/12_data.acquire.ipynb #017dd0ea
 def read_folder(
     root:Path, # class folders, Training/Testing/validation trees, or a folder with manifest.csv
     look:Callable[[np.ndarray],Any]|None=None, # is shown each grey picture while it is in memory
@@ -300,30 +300,28 @@ def read_folder(
         raise AcquireError(f"a raw folder must hold pictures in class folders, or a manifest.csv; {given.name!r} has "
                            f"{len(files)} files and no labelled picture: give the folder above the classes")
     rows = _with_patients(root, rows, patient_rule)
-    with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(lambda r: _read_row(root, r, max_megapixels), rows)
-        done = list(tqdm(done, total=len(rows), desc="decoding", unit="image", disable=not progress))
-    return Manifest(root, _tidy(done, extras), source or _set_name(given), (root/"truth.json").is_file(), rest)
     read, done, looks = partial(_read_row, root=root, max_megapixels=max_megapixels, look=look), [], {}
     with ThreadPoolExecutor(workers) as pool:
         pairs = (mapper or pool.map)(read, rows)
         for row, seen in tqdm(pairs, total=len(rows), desc="decoding", unit="image", disable=not progress):
             done.append(row)
             if look and not row["problem"]: looks.setdefault(row["pixels_sha256"], seen)
-    table = _tidy(done, extras)
-    return Manifest(root, table, source or given.name, (root/"truth.json").is_file(), rest), looks
+    table, synthetic = _tidy(done, extras), (root/"truth.json").is_file()
+    return Manifest(root, table, source or _set_name(given), synthetic, rest), looks
 
 # %% ../../nbs/12_data.acquire.ipynb #ce5ec044
 def build_manifest(
     root:Path, # class folders, Training/Testing/validation trees, or a folder with manifest.csv
     *,
-    source:str|None=None, # name of the set; the folder's own name by default
+    source:str|None=None, # name of the set; by default what it was acquired as, or the folder's own name
+    patient_rule:PatientRule|None=None, # who is in each file; by default `patients.csv`, or what manifest.csv says
     workers:int=2, # threads that decode
     progress:bool=True, # show a bar
     max_megapixels:float=64., # cap of one picture
 )->Manifest: # rows sorted by path; what cannot be read is a row with a problem
     "Decode every picture below `root` once and tabulate it; the folder is only read"
-    return read_folder(root, source=source, workers=workers, progress=progress, max_megapixels=max_megapixels)[0]
+    return read_folder(root, source=source, patient_rule=patient_rule, workers=workers, progress=progress,
+                       max_megapixels=max_megapixels)[0]
 
 # %% ../../nbs/12_data.acquire.ipynb #b4daefcc
 @dataclass(frozen=True)
