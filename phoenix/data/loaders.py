@@ -191,14 +191,14 @@ def _write(path:Path, layout:_Layout, manifest:Manifest, preprocess:Preprocess,
     return crc
 
 # %% ../../nbs/19_data.loaders.ipynb #09940c0c
-def _refreshed(path, layout, manifest, preprocess, workers, progress):
+def _refreshed(path, layout, manifest, preprocess, workers, processes, progress):
     "The cache with everything missing or damaged made anew, one writer at a time"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
         for left in path.parent.glob(f'.{path.name}.*.part'): left.unlink()
         existed = path.is_file()
         crc, wrong = _checked(path, layout)
-        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, workers, progress)
+        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, _pool(workers, processes), progress)
     return Cache(path, manifest, preprocess, layout, crc, len(wrong), len(wrong) if existed else 0)
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -228,17 +228,10 @@ def build_cache(
     if good.empty: raise LoaderError('a manifest must hold at least one readable picture: run the audit to see why not')
     layout = _Layout(sorted(set(good.pixels_sha256)), preprocess)
     path = Path(cache_dir)/layout.name
-    try: return _refreshed(path, layout, manifest, preprocess, workers, progress)
+    try: return _refreshed(path, layout, manifest, preprocess, workers, processes, progress)
     except OSError as e:
         if e.errno not in _NO_PLACE: raise
         return _as_it_lies(path, layout, manifest, preprocess, e)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):
-        for left in path.parent.glob(f'.{path.name}.*.part'): left.unlink()
-        existed = path.is_file()
-        crc, wrong = _checked(path, layout)
-        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, _pool(workers, processes), progress)
-    return Cache(path, manifest, preprocess, layout, crc, len(wrong), len(wrong) if existed else 0)
 
 # %% ../../nbs/19_data.loaders.ipynb #bfdb5559
 class TensorSlice(TensorImageBW):
