@@ -437,7 +437,7 @@ def keyed(
                          "and keep it", "secret")
     return hmac.new(secret, f"phoenix {purpose}\0{text}".encode(), hashlib.sha256).hexdigest()[:digits]
 
-
+# %% ../../nbs/10b_data.dicom.ipynb #a1ef5d9c
 def patient_key(
     dataset:object, # a `pydicom.Dataset`
     salt:str|bytes, # secret of 16 bytes or more, kept apart from the images

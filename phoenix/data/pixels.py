@@ -97,6 +97,7 @@ def _check_tiff(
     if not inside:
         raise PixelError("a TIFF must hold the directory it points to, it ends before: copy it again", "truncated")
 
+# %% ../../nbs/10_data.pixels.ipynb #dcee3bb3
 def _check_strips(im, data):
     "Every strip or tile that the directory announces lies inside the file"
     for offsets, counts in ((273, 279), (324, 325)):
@@ -114,6 +115,7 @@ def _png_length(width, height, bits, interlaced):
     sizes = ((-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes)
     return sum(h * (1 + (w * bits + 7) // 8) for w, h in sizes if w > 0 and h > 0)
 
+# %% ../../nbs/10_data.pixels.ipynb #362f6fc3
 def _check_rows(size, data):
     "The packed data of a PNG hold all the rows it announces"
     packed, at = [], 8
@@ -142,6 +144,7 @@ def _jpeg_end(data):
             scans, at = scans + 1, mark.start()
     return 0
 
+# %% ../../nbs/10_data.pixels.ipynb #08760a5b
 def _open_ended(data, format):
     "A JPEG whose decoder must find all its pixels before the data end; others as they are"
     end = _jpeg_end(data) if format == "JPEG" else 0
@@ -190,6 +193,7 @@ def _bits(im, data):
     if im.format == "TIFF": return max(im.tag_v2.get(258, (1,)))
     return 1 if im.mode == "1" else 8
 
+# %% ../../nbs/10_data.pixels.ipynb #f21837da
 def _refuse(im, bits, max_megapixels):
     "Stop before decoding: size first, then frames, then pixel types without a rule"
     w, h = im.size

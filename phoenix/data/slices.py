@@ -44,7 +44,7 @@ class Slice:
     mm:float # its middle along S, A or R
     pixel_mm:float # side of a pixel
 
-
+# %% ../../nbs/10c_data.slices.ipynb #1de02a4b
 def square_pixels(
     image:np.ndarray, # `(H,W)`
     spacing:tuple, # mm between rows, between columns
@@ -92,7 +92,7 @@ def grey_scale(
     if low >= 0 and high <= 65535 and not (volume.data % 1).any(): return 1., 0.
     return ((high - low) / 65535 or 1.), low
 
-
+# %% ../../nbs/10c_data.slices.ipynb #a01dcff3
 def png16(
     image:np.ndarray, # `(H,W)` values
     scale:float=1., # value of one step
@@ -158,7 +158,7 @@ def _dicom_items(source, salt):
         person = patient_key(first, salt or "in memory only, numbered later") or key
         yield _Item(f"DICOM series {k} of {len(series)}, {key}", _label(source, files[0]), person, tuple(files), None)
 
-
+# %% ../../nbs/10c_data.slices.ipynb #8c454f56
 def _read(item, values):
     "The volume of an item and its mask; a refusal says which item"
     try:
@@ -177,7 +177,7 @@ def _spread(indices, n):
     if not n or n >= len(indices): return list(indices)
     return [indices[int((k + .5) * len(indices) / n)] for k in range(n)]
 
-
+# %% ../../nbs/10c_data.slices.ipynb #7f06ecd2
 def _chosen(volume, mask, plane, n, labels, folder, least_mm2):
     "{label: indices}, and how many slices were left out by reason"
     there = _filled(volume, plane).tolist()

@@ -318,7 +318,7 @@ def _voxels(stream, packed, size, claims, frame):
         _finish(stream)
     return data
 
-
+# %% ../../nbs/10a_data.volumes.ipynb #c1340874
 def _scaled(data, head):
     "Stored values × slope + intercept, and the pair; (1, 0) when the header says none"
     try: slope, inter = head.get_slope_inter()
@@ -365,7 +365,7 @@ def _axis(plane, view="radiological"):
     if view not in VIEWS: raise VolumeError(f"a view is one of {list(VIEWS)}, got {view!r}: correct it", "unsupported")
     return PLANES[plane]
 
-
+# %% ../../nbs/10a_data.volumes.ipynb #8b01af5c
 def take_slice(
     volume:Volume, # in RAS order
     plane:str, # 'axial', 'coronal' or 'sagittal'
