@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 import phoenix.data.acquire as module
 from phoenix.data.acquire import AcquireError, ArchiveLimits, Manifest, acquire, build_manifest, check_archive, find_credentials
+from phoenix.data.audit import audit
 
 
 def png(level=90, size=8):
@@ -235,6 +237,156 @@ def test_an_occupied_folder_is_never_written_over(tmp_path):
     assert tree(tmp_path / "out") == ["thesis.tex"]
 
 
+# ---- thirty and more malicious archives, each by name
+
+FILE, PNG = tarfile.REGTYPE, png()
+
+
+def zip_patched(change):
+    "A good zip after `change(bytearray, offset of the first central entry)`"
+    def make(path):
+        data = bytearray(zipped(path, []).read_bytes())
+        change(data, data.index(b"PK\x01\x02"))
+        path.write_bytes(data)
+    return make
+
+
+def zip_member(name, mode=0, data=PNG): return lambda path: zipped(path, [(name, data, mode)])
+
+
+def tar_member(name, kind=FILE, data=PNG, pax=(), **k): return lambda path: tarred(path, [(name, kind, data, dict(pax))], **k)
+
+
+def zip_with_nul(path):
+    path.write_bytes(zipped(path, [("evilXpng", PNG, 0)]).read_bytes().replace(b"evilXpng", b"evil\0png"))
+
+
+def zip_overlapping(path):
+    "A member whose body is another member, header and all: the best known bombs quote each other like this"
+    with zipfile.ZipFile(path, "w") as z: z.writestr("b.png", PNG)
+    inner = path.read_bytes()
+    at, end = inner.index(b"PK\x01\x02"), inner.index(b"PK\x05\x06")
+    data = zipped(path, [("a.png", inner[:at], 0)], zipfile.ZIP_STORED).read_bytes()
+    entry, close = bytearray(inner[at:end]), data.index(b"PK\x05\x06")
+    struct.pack_into("<I", entry, 42, data.index(inner[:at]))
+    out = bytearray(data[:close] + entry + data[close:])
+    directory = data.index(b"PK\x01\x02")
+    struct.pack_into("<HHI", out, close + len(entry) + 8, len(GOOD) + 2, len(GOOD) + 2, close - directory + len(entry))
+    path.write_bytes(out)
+
+
+def zip64_lie(path):
+    "A central entry that sends the reader to a zip64 field which is not there"
+    zip_patched(lambda d, at: struct.pack_into("<I", d, at + 24, 0xFFFFFFFF))(path)
+
+
+def zip64_size(path):
+    "A zip64 field that announces an exbibyte"
+    data = bytearray(zipped(path, []).read_bytes())
+    at, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    n = struct.unpack_from("<H", data, at + 28)[0]
+    struct.pack_into("<I", data, at + 24, 0xFFFFFFFF)
+    struct.pack_into("<H", data, at + 30, 12)
+    struct.pack_into("<I", data, end + 12, struct.unpack_from("<I", data, end + 12)[0] + 12)
+    data[at + 46 + n:at + 46 + n] = struct.pack("<HHQ", 1, 8, 2 ** 60)
+    path.write_bytes(data)
+
+
+def tar_raw(change):
+    "A good tar, not packed, after `change` of its first header, with the checksum made right again"
+    def make(path):
+        data = bytearray(tarred(path, [], "w").read_bytes())
+        change(data)
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
+        path.write_bytes(data)
+    return make
+
+
+def tar_global(path):
+    "A global header that renames whatever follows"
+    tarred(path, [], "w")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"path": "../../evil.png"}) as t:
+        i = tarfile.TarInfo("a.png")
+        i.size = len(PNG)
+        t.addfile(i, io.BytesIO(PNG))
+
+
+def tar_longname(path):
+    "A GNU long name that climbs out, before a harmless short one"
+    name = ("../" * 60 + "evil.png").encode() + b"\0"
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, len(name)
+    blocks = [long.tobuf(tarfile.GNU_FORMAT), name.ljust(-(-len(name) // 512) * 512, b"\0")]
+    tarred(path, [], "w", tarfile.GNU_FORMAT)
+    path.write_bytes(b"".join(blocks) + path.read_bytes())
+
+
+def tar_gnu_sparse(path):
+    i = tarfile.TarInfo("s.png")
+    i.type, i.size = tarfile.GNUTYPE_SPARSE, 512
+    tarred(path, [], "w", tarfile.GNU_FORMAT)
+    path.write_bytes(i.tobuf(tarfile.GNU_FORMAT) + bytes(512) + path.read_bytes())
+
+
+EVIL = {
+    "zip: climbs out": zip_member("../evil.png"), "zip: climbs out from within": zip_member("Training/../../evil.png"),
+    "zip: absolute path": zip_member("/tmp/evil.png"), "zip: double slash": zip_member("//host/evil.png"),
+    "zip: drive": zip_member("C:\\evil.png"), "zip: drive-relative": zip_member("C:evil.png"),
+    "zip: network share": zip_member("\\\\host\\share\\evil.png"), "zip: backslashes": zip_member("a\\..\\..\\evil.png"),
+    "zip: NUL in a name": zip_with_nul, "zip: control characters": zip_member("\x1b[2Ja.png"),
+    "zip: long name": zip_member("x" * 300 + ".png"), "zip: deep path": zip_member("a/" * 40 + "a.png"),
+    "zip: two dots in one character": zip_member("‥/evil.png"), "zip: wide slash": zip_member("a／..／evil.png"),
+    "zip: reversed text": zip_member("Training/glioma/\u202egnp.exe"), "zip: alternate stream": zip_member("a.png:evil"),
+    "zip: reserved name": zip_member("Training/glioma/NUL.png"), "zip: trailing dot": zip_member("Training/glioma./a.png"),
+    "zip: symbolic link": zip_member("l.png", stat.S_IFLNK | 0o777, b"/etc/passwd"), "zip: device": zip_member("d.png", stat.S_IFBLK),
+    "zip: pipe": zip_member("p.png", stat.S_IFIFO), "zip: twice": zip_member("Training/glioma/a.png"),
+    "zip: twice but for case": zip_member("training/GLIOMA/A.png"), "zip: file and folder": zip_member("Training/glioma"),
+    "zip: encrypted": zip_patched(lambda d, at: d.__setitem__(at + 8, d[at + 8] | 1)),
+    "zip: unknown packing": zip_patched(lambda d, at: struct.pack_into("<H", d, at + 10, 97)),
+    "zip: bomb": zip_member("z.png", data=bytes(20 * 2 ** 20)), "zip: announces 2 GiB": zip_patched(lambda d, at: struct.pack_into("<I", d, at + 24, 2 ** 31)),
+    "zip: announces less": zip_patched(lambda d, at: struct.pack_into("<I", d, at + 24, 9)),
+    "zip: wrong checksum": zip_patched(lambda d, at: struct.pack_into("<I", d, at + 16, 1)),
+    "zip: two names for one body": zip_patched(lambda d, at: d.__setitem__(slice(at + 46, at + 47), b"X")),
+    "zip: body elsewhere": zip_patched(lambda d, at: struct.pack_into("<I", d, at + 42, 7)),
+    "zip: overlapping bodies": zip_overlapping, "zip: zip64 field absent": zip64_lie, "zip: zip64 exbibyte": zip64_size,
+    "zip: directory elsewhere": zip_patched(lambda d, at: struct.pack_into("<I", d, len(d) - 6, 3)),
+    "tar: climbs out": tar_member("../evil.png"), "tar: absolute path": tar_member("/tmp/evil.png"),
+    "tar: symbolic link": tar_member("l.png", tarfile.SYMTYPE, b""), "tar: hard link": tar_member("l.png", tarfile.LNKTYPE, b""),
+    "tar: device": tar_member("d.png", tarfile.CHRTYPE, b""), "tar: pipe": tar_member("p.png", tarfile.FIFOTYPE, b""),
+    "tar: pax path": tar_member("a.png", pax={"path": "../../evil.png"}), "tar: global pax path": tar_global,
+    "tar: GNU long name": tar_longname, "tar: bytes that are no text": tar_member("a\udcff.png", format=tarfile.GNU_FORMAT),
+    "tar: pax sparse": tar_member("s.png", data=b"1\n0\n512\n".ljust(1024, b"\0"), pax={
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2 ** 40), "GNU.sparse.name": "s.png"}),
+    "tar: GNU sparse": tar_gnu_sparse, "tar: part of a volume": tar_member("v.png", b"M"), "tar: list of names": tar_member("d.png", b"D"),
+    "tar: pax size": tar_member("a.png", pax={"size": str(2 ** 50)}), "tar: negative size": tar_raw(lambda d: d.__setitem__(slice(124, 136), b"\xff" * 12)),
+    "tar: huge size": tar_raw(lambda d: d.__setitem__(slice(124, 136), b"\x80" + b"\x7f" * 11)),
+    "tar: twice but for an accent": lambda path: tarred(path, [("é.png", FILE, PNG, {}), ("e\u0301.png", FILE, PNG, {})]),
+    "tar: bomb": tar_member("z.png", data=bytes(20 * 2 ** 20)), "tar: bomb of headers": tar_member("a.png", pax={"comment": "a" * 3_000_000})}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_malicious_archives(tmp_path):
+    "Every one refused by one sentence, nothing written, nothing left over"
+    refusals = {}
+    for n, (name, make) in enumerate(EVIL.items()):
+        make(path := tmp_path / f"{n}.archive")
+        before = tree(tmp_path)
+        with pytest.raises(AcquireError) as e: acquire(path, tmp_path / "out", progress=False)
+        assert tree(tmp_path) == before and "\n" not in str(e.value), name
+        refusals[name] = str(e.value)
+        path.unlink()
+    print(f"{len(refusals)} malicious archives, {len(refusals)} refused, nothing written")
+    assert len(refusals) == len(EVIL) >= 30
+
+
+def test_an_archive_in_an_archive_is_not_opened(tmp_path):
+    zipped(tmp_path / "inner.zip", [("z.png", bytes(20 * 2 ** 20), 0)])
+    zipped(tmp_path / "outer.zip", [("Training/glioma/inner.zip", (tmp_path / "inner.zip").read_bytes(), 0)])
+    m = acquire(tmp_path / "outer.zip", tmp_path / "out", progress=False)
+    assert m.leftovers == [("Training/glioma/inner.zip", "not a picture")] and len(m.table) == len(GOOD)
+
+
 # ---- folders
 
 
@@ -347,7 +499,7 @@ class Kaggle(ThreadingHTTPServer):
     def __init__(self, archive):
         super().__init__(("127.0.0.1", 0), Handler)
         self.archive, self.view, self.download, self.seen, self.ranges = archive, 200, 200, [], []
-        self.cut, self.md5, self.private, self.headers, self.code_in_body = 0, True, False, {}, 0
+        self.cut, self.md5, self.private, self.headers, self.code_in_body, self.faults = 0, True, False, {}, 0, []
 
     @property
     def url(self): return f"http://127.0.0.1:{self.server_port}"
@@ -381,6 +533,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         s.ranges.append(asked)
         start = int(asked[6:-1]) if asked else 0
+        if s.faults and (fault := s.faults.pop(0)): return fault(self, start, full, md5)
         body = full[start:]
         self.send_response(206 if asked else 200)
         for k, v in {"Content-Type": "application/zip", "Content-Length": str(len(body)), "Accept-Ranges": "bytes", **md5}.items():
@@ -389,15 +542,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:s.cut] if s.cut else body)
 
 
-def archive_bytes():
+def archive_bytes(seed=1):
     b = io.BytesIO()
     with zipfile.ZipFile(b, "w", zipfile.ZIP_STORED) as z:
-        for n, d in GOOD.items(): z.writestr(n, d)
-        z.writestr("notes.txt", np.random.Generator(np.random.Philox(1)).bytes(3_000_000))
+        for n, d in GOOD.items(): z.writestr(zipfile.ZipInfo(n), d if seed == 1 else png(seed))
+        z.writestr(zipfile.ZipInfo("notes.txt"), np.random.Generator(np.random.Philox(seed)).bytes(3_000_000))
     return b.getvalue()
 
 
-WHOLE_ARCHIVE = archive_bytes()
+WHOLE_ARCHIVE, OTHER_ARCHIVE = archive_bytes(), archive_bytes(2)
 
 
 @pytest.fixture
@@ -570,6 +723,95 @@ def test_kaggle_archive_with_a_link(kaggle, tmp_path):
         t.addfile(i)
     kaggle.md5, kaggle.archive = False, path.read_bytes()
     fails(kaggle, "is a link")
+
+
+# ---- a storage that cuts, lies, changes and throttles
+
+
+def says(handler, status, body=b"", **headers):
+    "Answer with exactly these headers, whatever the body is, and hang up"
+    handler.send_response(status)
+    for k, v in {"Content-Type": "application/zip", "Accept-Ranges": "bytes", **headers}.items():
+        if v is not None: handler.send_header(k.replace("_", "-"), v)
+    handler.end_headers()
+    handler.wfile.write(body)
+    handler.close_connection = True
+
+
+def cut(h, start, full, md5): says(h, 206 if start else 200, full[start:][:1_500_000], Content_Length=str(len(full) - start), **md5)
+def says_more(h, start, full, md5): says(h, 200, full, Content_Length=str(len(full) + 1000), **md5)
+def says_less(h, start, full, md5): says(h, 200, full, Content_Length=str(len(full) - 1000), **md5)
+def no_length(h, start, full, md5): says(h, 200, full[:1_500_000], **md5)
+def another(h, start, full, md5): says(h, 206 if start else 200, OTHER_ARCHIVE[start:], Content_Length=str(len(full) - start), ETag='"v2"', **md5)
+def whole_again(h, start, full, md5): says(h, 200, full, Content_Length=str(len(full)), **md5)
+def wrong_part(h, start, full, md5): says(h, 206, full[start - 700:], Content_Length=str(len(full) - start + 700), **md5)
+def no_range(h, start, full, md5): says(h, 416, b"<html>416</html>", Content_Length="16")
+def busy(h, start, full, md5): says(h, 503, b"<html>503</html>", Content_Length="16")
+def throttled(h, start, full, md5): says(h, 429, b"<html>429</html>", Content_Length="16", Retry_After="3")
+def not_there(h, start, full, md5): says(h, 404, b"<html>404</html>", Content_Length="16")
+def page(h, start, full, md5): says(h, 200, b"<html>Sign in</html>", Content_Length="20")
+def circle(h, start, full, md5): says(h, 302, Location=f"{h.server.url}/storage/archive.zip", Content_Length="0")
+def packed(h, start, full, md5): says(h, 200, full, Content_Length=str(len(full)), Content_Encoding="gzip", **md5)
+def empty(h, start, full, md5): says(h, 200, Content_Length="0")
+
+
+def chunked_cut(h, start, full, md5):
+    says(h, 200, b"%x\r\n" % 1_000_000 + full[:900_000], Transfer_Encoding="chunked", **md5)
+
+
+def stalls(h, start, full, md5):
+    says(h, 206 if start else 200, full[start:][:1_200_000], Content_Length=str(len(full) - start), **md5)
+    h.wfile.flush()
+    time.sleep(1)
+
+
+def trickles(h, start, full, md5):
+    body = full[start:]
+    says(h, 206 if start else 200, Content_Length=str(len(body)), **md5)
+    for k in range(0, len(body), 300_000):
+        h.wfile.write(body[k:k + 300_000])
+        time.sleep(.02)
+
+
+FAULTS = {"cut": [cut], "cut twice": [cut, None, cut], "length too long": [says_more], "length too short": [says_less],
+          "no length and cut": [no_length], "chunked and cut": [chunked_cut], "changed between two parts": [cut, None, another],
+          "whole instead of the rest": [cut, None, whole_again], "a part from elsewhere": [cut, None, wrong_part],
+          "refuses the range": [cut, None, no_range], "fails on the rest": [cut, None, busy], "busy, then well": [busy, busy],
+          "too many requests": [throttled], "not there": [not_there], "a page": [page], "sends in a circle": [circle] * 40,
+          "says it is packed": [packed], "empty": [empty], "stalls": [stalls], "trickles": [trickles]}
+
+
+@pytest.mark.parametrize("md5", [True, False], ids=["checksum", "no checksum"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_storage_that_lies(kaggle, tmp_path, monkeypatch, name, md5):
+    "Right bytes or a typed error, each time; never a part of a set in its place; right bytes once the storage is well"
+    monkeypatch.setattr("kagglehub.clients.DEFAULT_READ_TIMEOUT", .4)
+    kaggle.md5, kaggle.faults = md5, list(FAULTS[name])
+    want, tries = build_manifest(folder(tmp_path / "set"), progress=False).sha256, 0
+    before = {*tree(tmp_path)}
+    for tries in range(1, 5):
+        try: got = fetch(kaggle)
+        except AcquireError as e:
+            assert "\n" not in str(e) and not kaggle.out.exists() and tries < 4, str(e)
+            left = {p.split("/")[0] for p in {*tree(tmp_path)} - before}
+            assert left <= {"cache"}, "what has arrived stays in kagglehub's cache only"
+        else: break
+    assert got.sha256 == want and len(got.table) == 3
+    assert {p.split("/")[0] for p in {*tree(tmp_path)} - before} <= {"cache", "out"}
+    assert not [f for f in kaggle.faults if f and f is not circle], "the fault was met"
+
+
+def test_another_archive_under_the_same_name(kaggle):
+    "Against the checksum it is refused; without one nothing but the hashes that phoenix ships can tell, and they do"
+    kaggle.faults = [another]
+    fails(kaggle, "checksum")
+    kaggle.md5, kaggle.faults = False, [another]
+    m = fetch(kaggle, "sartajbhuvaji/brain-tumor-classification-mri")
+    about = json.loads((kaggle.out / "metadata.json").read_text())
+    assert "MIT" in about["licence"] and "Bhuvaji" in about["citation"] and about["acquired"]["version"] == 3
+    found = audit(build_manifest(kaggle.out, progress=False))
+    assert m.source == "kaggle:sartajbhuvaji/brain-tumor-classification-mri"
+    assert "3264 published files are missing" in found.of("drift_missing")[0].message and len(found.of("drift_extra")[0].others) == 2
 
 
 def test_kaggle_cache_that_cannot_be_written(kaggle, tmp_path):

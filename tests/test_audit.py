@@ -62,7 +62,8 @@ def test_each_kind_can_be_found(tmp_path):
              "Training/pituitary/n.png": png(noise(9)), "pred/o.png": a, "notes.txt": b"x"}
     result = audit(build(tmp_path / "set", files))
     missing = set(AUDIT_KINDS) - set(result.counts())
-    assert missing == {"missing", "one_class", "too_large", "patient_leak", "some_patients", "unexpected_count", "synthetic", "shortcut"}
+    assert missing == {"missing", "one_class", "too_large", "patient_leak", "some_patients", "unexpected_count", "synthetic", "shortcut",
+                       "drift_changed", "drift_missing", "drift_extra", "unchecked"}
     order = [f.severity for f in result.findings]
     assert order == sorted(order, key=["error", "warning", "info"].index)
     assert set(result.table().columns) >= {"kind", "severity", "path", "message", "hint"}

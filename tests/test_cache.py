@@ -3,8 +3,11 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
+import tempfile
 import time
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -223,14 +226,158 @@ def fill_the_disk(raw, folder, answers):
     manifest = build_manifest(raw, progress=False)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
     try: build_cache(manifest, PREPROCESS, folder, progress=False)
-    except OSError as e: answers.put(type(e).__name__)
+    except LoaderError as e: answers.put(str(e))
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(manifest, tmp_path):
     answers = FORK.Queue()
     child = FORK.Process(target=fill_the_disk, args=(manifest.root, tmp_path/'cache', answers), daemon=True)
     child.start()
-    assert answers.get(timeout=60) == 'OSError'
+    assert 'must have room and be writable' in answers.get(timeout=60)
     child.join(30)
     assert list((tmp_path/'cache').glob('*.pixels')) == [] and leftovers(tmp_path/'cache') == []
     assert built(manifest, tmp_path/'cache').computed == N
+
+
+# ---- a thousand items, eight processes
+
+MANY, SMALL = 1000, Preprocess(size=(8, 8))
+
+
+@pytest.fixture(scope='module')
+def thousand(tmp_path_factory):
+    "A manifest of a thousand different small pictures, and what each item has to be"
+    root, g = tmp_path_factory.mktemp('thousand'), np.random.default_rng(3)
+    for i in range(MANY):
+        (root/f'{"no" if i % 2 else "glioma"}').mkdir(exist_ok=True)
+        Image.fromarray(g.integers(0, 256, (8, 8), dtype=np.uint8)).save(root/f'{"no" if i % 2 else "glioma"}'/f'{i:04d}.png')
+    manifest = build_manifest(root, progress=False)
+    return manifest, {row.path: loaders._prepare(root, row, SMALL) for row in manifest.table.itertuples()}
+
+
+def wrong_items(cache, truth): return sum(not np.array_equal(cache.image(p), x) for p, x in truth.items())
+
+
+def racer(manifest, truth, folder, answers, together):
+    "Build and read everything, twice over, while others do the same and a vandal is about"
+    together.wait()
+    made = wrong = 0
+    for _ in range(2):
+        cache = build_cache(manifest, SMALL, folder, workers=1, progress=False)
+        made, wrong = made + cache.computed, wrong + wrong_items(cache, truth)
+    answers.put((made, wrong))
+
+
+def vandalise(path, g, end):
+    "Change bytes of a cache in place: in its header, its payload, its checksums; and exchange two entries"
+    if not path.is_file(): return
+    with open(path, 'r+b') as f:
+        size = path.stat().st_size
+        for at in (int(g.integers(0, 60)), int(g.integers(size - MANY*68, size)), *g.integers(4096, size, 8).tolist()):
+            f.seek(at)
+            f.write(bytes([int(g.integers(0, 256))]))
+        a, b = (size - 4*MANY - 33 - 64*MANY + 64*int(k) for k in g.choice(MANY, 2, replace=False))
+        f.seek(a)
+        one = f.read(64)
+        f.seek(b)
+        other = f.read(64)
+        f.seek(a)
+        f.write(other)
+        f.seek(b)
+        f.write(one)
+
+
+def test_eight_processes_over_a_thousand_items(thousand, tmp_path):
+    "One racer is killed while it writes, the file is damaged under the others: 0 wrong items, and all is mended in the end"
+    (manifest, truth), folder, g = thousand, tmp_path/'cache', np.random.default_rng(5)
+    answers, together = FORK.Queue(), FORK.Barrier(8)
+    racers = [FORK.Process(target=racer, args=(manifest, truth, folder, answers, together), daemon=True) for _ in range(8)]
+    for p in racers: p.start()
+    end, parts = time.time() + 60, []
+    while not parts and time.time() < end: parts = list(folder.glob('.*.part')) if folder.is_dir() else []
+    victim = int(parts[0].name.split('.')[-2].split('-')[0])
+    os.kill(victim, signal.SIGKILL)
+    assert victim in {p.pid for p in racers}, 'the one that held the lock'
+    while sum(p.is_alive() for p in racers) > 1 and time.time() < end:
+        for path in folder.glob('*.pixels'): vandalise(path, g, end)
+        time.sleep(.2)
+    got = [answers.get(timeout=60) for _ in range(7)]
+    for p in racers: p.join(30)
+    print(f'7 of 8 racers came through: {[w for _, w in got]} wrong of {2*MANY} each, {[m for m, _ in got]} items made')
+    assert [w for _, w in got] == [0]*7 and sum(m for m, _ in got) >= MANY
+    last = build_cache(manifest, SMALL, folder, progress=False)
+    again = build_cache(manifest, SMALL, folder, progress=False)
+    assert last.computed == last.damaged and (again.computed, again.damaged) == (0, 0)
+    assert wrong_items(again, truth) == again.damaged == 0 and leftovers(folder) == []
+
+
+def test_a_thousand_items_damaged_mended_and_counted(thousand, tmp_path):
+    (manifest, truth), folder = thousand, tmp_path/'cache'
+    cache = build_cache(manifest, SMALL, folder, progress=False)
+    data, first = cache.path.read_bytes(), len(cache.layout.head)
+    out, hit = bytearray(data), [3, 77, 500, 998, 999]
+    for i in hit: out[first + 64*i + i % 64] ^= 1
+    out[first + 64*10:first + 64*11], out[first + 64*20:first + 64*21] = data[first + 64*20:first + 64*21], data[first + 64*10:first + 64*11]
+    cache.path.write_bytes(out)
+    assert wrong_items(cache, truth) == 0 and cache.damaged == 7, 'an open reader hands out none and counts them'
+    mended = build_cache(manifest, SMALL, folder, progress=False)
+    assert (mended.computed, mended.damaged) == (7, 7) and mended.path.read_bytes() == data
+
+
+@pytest.mark.parametrize('change', ['shortened', 'emptied', 'deleted', 'replaced'])
+def test_a_file_that_shrinks_or_goes_under_a_reader(change, manifest, truth, tmp_path):
+    "A mapping beyond the end of its file would kill the process; here the items are made anew, and it is counted"
+    cache = built(manifest, tmp_path/'cache')
+    cache.image(manifest.table.path[0])
+    data = cache.path.read_bytes()
+    if change == 'deleted': cache.path.unlink()
+    else: os.truncate(cache.path, 5000 if change == 'shortened' else 0)
+    if change == 'replaced':
+        (tmp_path/'new').write_bytes(data)
+        os.replace(tmp_path/'new', cache.path)
+    assert np.array_equal(cache.images(manifest.table.path), truth)
+    assert cache.damaged == (N if change in ('shortened', 'emptied') else 0)
+    assert np.array_equal(pickle.loads(pickle.dumps(cache)).images(manifest.table.path), truth)
+
+
+def as_nobody(folder, manifest, kind, answers):
+    "Open the cache as a user who may only read, or on a disk without room"
+    if kind == 'full disk': resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+    elif os.getuid() == 0: os.setuid(65534)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        try:
+            cache = build_cache(manifest, PREPROCESS, folder, progress=False)
+            crc = zlib.crc32(cache.images(manifest.table.path))
+            got = cache.computed, cache.damaged, crc, [str(w.message)[:15] for w in said]
+        except LoaderError as e: got = str(e)
+    answers.put(got)
+
+
+@pytest.mark.parametrize('state', ['good', 'two damaged', 'no file'])
+@pytest.mark.parametrize('kind', ['read-only', 'full disk'])
+def test_where_nothing_can_be_written_everything_stays_readable(kind, state, truth, tmp_path):
+    home = Path(tempfile.mkdtemp(prefix='phoenix-')) # pytest's own folder is closed to other users
+    try:
+        manifest, folder = build_manifest(write_pictures(home/'raw'), progress=False), home/'cache'
+        folder.mkdir()
+        if state != 'no file':
+            path = built(manifest, folder).path
+            data = bytearray(path.read_bytes())
+            if state == 'two damaged': data[-900 - 24*32] ^= 1; data[-900] ^= 1
+            path.write_bytes(data)
+        for p in [home, *home.rglob('*')]: p.chmod(0o555 if p.is_dir() else 0o444)
+        answers = FORK.Queue()
+        child = FORK.Process(target=as_nobody, args=(folder, manifest, kind, answers), daemon=True)
+        if kind == 'full disk':
+            for p in [folder, *folder.iterdir()]: p.chmod(0o777)
+        child.start()
+        got = answers.get(timeout=60)
+        child.join(30)
+        if state == 'no file': assert 'must have room and be writable' in got
+        elif state == 'good': assert got == (0, 0, zlib.crc32(truth), [])
+        else: assert got == (0, 4, zlib.crc32(truth), ['2 damaged items']), 'two when opened, and again when read'
+    finally:
+        home.chmod(0o755)
+        for p in home.rglob('*'): p.chmod(0o755)
+        shutil.rmtree(home)

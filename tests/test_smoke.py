@@ -40,7 +40,8 @@ def test_mistyped_parameter_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["doctor", "train", "evaluate", "export", "quantize", "bench", "predict", "run", "verify",
-                                     "data acquire", "data audit", "data duplicates", "split make", "split verify"])
+                                     "data acquire", "data audit", "data duplicates", "data patients", "data slices", "split make",
+                                     "split verify", "data shortcuts", "vault seal", "vault look", "vault verify"])
 def test_help_has_an_example(command, tmp_path):
     done = phoenix(*command.split(), "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Example: phoenix" in done.stdout.replace("\n", " ") and "--json" in done.stdout

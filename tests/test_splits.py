@@ -242,9 +242,11 @@ def test_a_set_may_be_renamed_and_moved(certified, tmp_path):
 def test_the_verifier_uses_nothing_of_the_search(certified, monkeypatch):
     manifest, _, cert = certified
     def never(*a, **k): raise AssertionError("the verifier called the search")
-    import phoenix.data.duplicates as search
-    for name in ("find_pairs", "phash", "view_hashes", "_view_hashes", "_low", "_pack", "correlation", "turn", "thumbnail",
-                 "signatures", "hamming_search"): monkeypatch.setattr(search, name, never)
+    from phoenix.data import duplicates, hashes, search
+    for module, names in ((hashes, ("phash", "view_hashes", "thumbnail_hashes", "_low", "_pack", "turn", "thumbnail", "hamming_search")),
+                          (search, ("near_pairs", "near_queries", "_search")),
+                          (duplicates, ("find_pairs", "scan", "correlation", "turn", "thumbnail", "signatures", "near_queries"))):
+        for name in names: monkeypatch.setattr(module, name, never)
     assert verify_certificate(cert, manifest.root).ok
 
 

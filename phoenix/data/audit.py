@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .acquire import KAGGLE_SETS, Manifest
+from .acquire import Manifest
+from .known import KAGGLE_SETS, compare_files, known_files, recognise
 from .pixels import EXTENSIONS
 from ..plots import class_colour, style
 from ..settings import PhoenixError
@@ -48,6 +49,10 @@ AUDIT_KINDS |= {
     "shortcut": ("warning", "a network can learn this instead of the brain: bring all classes to one size and mode, "
                  "and run the probes of phoenix.data.shortcuts"),
     "unexpected_count": ("warning", "check the version of the set: it differs from the one that is known"),
+    "drift_changed": ("error", "fetch these files again: under these names the set was published with other bytes"),
+    "drift_missing": ("warning", "fetch the set again, or say in the paper which files were left out"),
+    "drift_extra": ("warning", "find out where these files come from, and say so in the paper"),
+    "unchecked": ("info", "nothing to do: counts were compared, the bytes of single files can't be"),
     "unlabelled": ("warning", "put the file into a class folder, or name it in manifest.csv, if it belongs to the set"),
     "duplicate_bytes": ("info", _SAME), "duplicate_pixels": ("info", _SAME),
     "leftover": ("info", "nothing to do: files that are not pictures are left alone"),
@@ -165,11 +170,26 @@ def _patients(m, limits):
 def _origin(m, limits):
     "What the set is, and what lies around in it"
     if m.synthetic: yield _finding("synthetic", "", "the set was made by the phantom")
-    known = KAGGLE_SETS.get(m.source.removeprefix("kaggle:"))
-    if known and known.images != len(m.table):
-        yield _finding("unexpected_count", "", f"{m.source} is known with {known.images} pictures, not {len(m.table)}")
     for path, why in m.leftovers:
         yield _finding("unlabelled" if why.startswith(("no class", "not named")) else "leftover", path, why)
+
+# %% ../../nbs/13_data.audit.ipynb #9ef0662d
+def _known(m, limits):
+    "How the set differs from the public set that it is"
+    handle = m.source.removeprefix("kaggle:")
+    if handle not in KAGGLE_SETS: handle = recognise(set(m.table.sha256))
+    if not handle: return
+    published, known = known_files(handle), KAGGLE_SETS[handle]
+    if not published:
+        yield _finding("unchecked", "", f"no hashes of {handle} are on record")
+        if known.images != len(m.table):
+            yield _finding("unexpected_count", "", f"{handle} is known with {known.images} pictures, not "
+                           f"{len(m.table)}")
+        return
+    drift = compare_files(dict(zip(m.table.path, m.table.sha256)), published, handle)
+    for what, text in drift.sentences().items():
+        first, *others = getattr(drift, what)
+        yield _finding(f"drift_{what}", first, f"of {handle} {text}", others)
 
 # %% ../../nbs/13_data.audit.ipynb #776ae517
 def attribute_accuracy(
@@ -215,7 +235,7 @@ def _shortcuts(m, limits):
         if said: yield _finding("shortcut", "", f"{name} alone predicts {' and '.join(said)}")
 
 # %% ../../nbs/13_data.audit.ipynb #e423078c
-_CHECKS = (_unreadable, _extensions, _contrast, _copies, _leak, _classes, _patients, _shortcuts, _origin)
+_CHECKS = (_unreadable, _extensions, _contrast, _copies, _leak, _classes, _patients, _shortcuts, _known, _origin)
 _ORDER = ("error", "warning", "info")
 
 @dataclass(frozen=True)

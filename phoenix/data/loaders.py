@@ -9,13 +9,16 @@ __all__ = ['SIDES', 'LoaderError', 'Cache', 'build_cache', 'TensorSlice', 'Slice
            'KeyedBatch', 'KeyedDL', 'EpochKeys', 'SliceLoaders', 'make_loaders', 'dl_rows']
 
 # %% ../../nbs/19_data.loaders.ipynb #6e76e3ce
+import errno
 import json
 import math
+import os
+import multiprocessing
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,7 +37,7 @@ from .augment import Augment
 from .pixels import pixels_sha256, read_pixels
 from .preprocess import Preprocess
 from .splits import Certificate
-from ..keys import permutation, preserve_rng
+from ..keys import permutation, preserve_rng, set_threads
 from ..records import hash_json, sha256_bytes, whole_file
 from ..settings import PhoenixError
 
@@ -57,7 +60,9 @@ def _prepare(root:Path, row:pd.Series, preprocess:Preprocess)->np.ndarray:
     file = root/row.path
     if not file.is_file():
         raise LoaderError(f'{row.path} must be in the data folder, it is missing: restore it, or make a new manifest')
-    data = file.read_bytes()
+    try: data = file.read_bytes()
+    except OSError as e:
+        raise LoaderError(f'{row.path} must be readable, got {e.strerror}: check its permissions and the disk') from e
     if sha256_bytes(data) != row.sha256:
         raise LoaderError(f'{row.path} must have the bytes its manifest records, it has others: make a new manifest')
     grey = read_pixels(data, max_megapixels=max(64, row.width*row.height/1e6)).grey
@@ -122,7 +127,7 @@ class Cache:
     ):
         self.path, self.root, self.preprocess = Path(path), manifest.root, preprocess
         self.layout, self._crc = layout, crc
-        self.computed, self.damaged, self._pixels = computed, damaged, None
+        self.computed, self.damaged, self._pixels, self._inode = computed, damaged, None, None
         place = {sha: i for i, sha in enumerate(layout.items)}
         self.table = manifest.readable.set_index('path', drop=False)
         self._place = {p: place[sha] for p, sha in zip(self.table.index, self.table.pixels_sha256)}
@@ -131,15 +136,24 @@ class Cache:
 
     def __getstate__(self)->dict: return {**self.__dict__, '_pixels': None}
 
+    def _mapped(self):
+        "Whether the items can be read: a mapping of a file that was shortened would end the process"
+        try: now = os.stat(self.path)
+        except OSError: return self._pixels is not None
+        if self._pixels is None or now.st_ino != self._inode:
+            whole = now.st_size >= self.layout.end
+            self._pixels, self._inode = _map(self.path, self.layout) if whole else None, now.st_ino
+        return self._pixels is not None and now.st_size >= self.layout.end
+
     def image(self,
         path:str, # path of a slice, as in the manifest
     )->np.ndarray: # uint8 `(h,w)`, the caller's own copy
         "One slice; made again from its file when the cached bytes are not what was written"
         if path not in self._place: raise LoaderError(f'{path} must be a readable file of the manifest: check the path')
-        if self._pixels is None: self._pixels = _map(self.path, self.layout)
-        i = self._place[path]
-        item = np.array(self._pixels[i])
-        if zlib.crc32(item) == self._crc[i]: return item
+        if self._mapped():
+            i = self._place[path]
+            item = np.array(self._pixels[i])
+            if zlib.crc32(item) == self._crc[i]: return item
         self.damaged += 1
         return _prepare(self.root, self.table.loc[path], self.preprocess)
 
@@ -150,17 +164,24 @@ class Cache:
         return np.stack([self.image(p) for p in paths])
 
 # %% ../../nbs/19_data.loaders.ipynb #2f62449d
+def _pool(workers:int, processes:int)->Executor:
+    "Who makes the items: threads of this process, or processes of one thread each"
+    if not processes: return ThreadPoolExecutor(max(1, workers))
+    return ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), set_threads, (1,))
+
+
 def _write(path:Path, layout:_Layout, manifest:Manifest, preprocess:Preprocess,
-           crc:np.ndarray | None, wrong:np.ndarray, workers:int, progress:bool)->np.ndarray:
+           crc:np.ndarray | None, wrong:np.ndarray, pool:Executor, progress:bool)->np.ndarray:
     "Make the items `wrong`, keep the others, and put the whole file in place at once"
     rows = manifest.readable.drop_duplicates('pixels_sha256').set_index('pixels_sha256', drop=False)
     n = len(layout.items)
     crc, wrong = np.zeros(n, np.uint32) if crc is None else crc.copy(), wrong.tolist()
     old = _map(path, layout) if len(wrong) < n else None
-    make = lambda i: _prepare(manifest.root, rows.loc[layout.items[i]], preprocess)
-    with whole_file(path) as part, open(part, 'wb') as f, ThreadPoolExecutor(max(1, workers)) as pool:
+    jobs = zip(*[(manifest.root, rows.loc[layout.items[i]], preprocess) for i in wrong])
+    with whole_file(path) as part, open(part, 'wb') as f, pool:
         f.write(layout.head)
-        made = iter(tqdm(pool.map(make, wrong), 'preprocessing', len(wrong), unit='image', disable=not progress))
+        done = pool.map(_prepare, *jobs, chunksize=8)
+        made = iter(tqdm(done, 'preprocessing', len(wrong), unit='image', disable=not progress))
         missing = set(wrong)
         for i in range(n):
             item = next(made) if i in missing else np.array(old[i])
@@ -169,6 +190,29 @@ def _write(path:Path, layout:_Layout, manifest:Manifest, preprocess:Preprocess,
         f.write(layout.foot(crc))
     return crc
 
+# %% ../../nbs/19_data.loaders.ipynb #09940c0c
+def _refreshed(path, layout, manifest, preprocess, workers, processes, progress):
+    "The cache with everything missing or damaged made anew, one writer at a time"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{path}.lock'):
+        for left in path.parent.glob(f'.{path.name}.*.part'): left.unlink()
+        existed = path.is_file()
+        crc, wrong = _checked(path, layout)
+        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, _pool(workers, processes), progress)
+    return Cache(path, manifest, preprocess, layout, crc, len(wrong), len(wrong) if existed else 0)
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+def _as_it_lies(path, layout, manifest, preprocess, e):
+    "The cache of a folder that can't be written: good items are read, damaged ones made anew at each reading"
+    crc, wrong = _checked(path, layout)
+    if crc is None:
+        raise LoaderError(f'the cache folder {path.parent.name!r} must have room and be writable, got {e.strerror}: '
+                          'make room, or name another folder') from e
+    if len(wrong): warnings.warn(f'{len(wrong)} damaged items of {path.name} could not be mended ({e.strerror}): they '
+                                 'are made anew at each reading', stacklevel=3)
+    return Cache(path, manifest, preprocess, layout, crc, 0, len(wrong))
+
 # %% ../../nbs/19_data.loaders.ipynb #fce10760
 def build_cache(
     manifest:Manifest, # what to read
@@ -176,6 +220,7 @@ def build_cache(
     cache_dir:Path, # folder of cache files, made if absent
     *,
     workers:int=2, # threads that decode and preprocess
+    processes:int=0, # processes that do it instead: worth their start where N4 or a skull strip is asked for
     progress:bool=True, # show a progress bar
 )->Cache: # every readable slice of the manifest, checked
     "Open the cache of a manifest under a preprocessing, making what is missing or damaged"
@@ -183,13 +228,10 @@ def build_cache(
     if good.empty: raise LoaderError('a manifest must hold at least one readable picture: run the audit to see why not')
     layout = _Layout(sorted(set(good.pixels_sha256)), preprocess)
     path = Path(cache_dir)/layout.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{path}.lock'):
-        for left in path.parent.glob(f'.{path.name}.*.part'): left.unlink()
-        existed = path.is_file()
-        crc, wrong = _checked(path, layout)
-        if len(wrong): crc = _write(path, layout, manifest, preprocess, crc, wrong, workers, progress)
-    return Cache(path, manifest, preprocess, layout, crc, len(wrong), len(wrong) if existed else 0)
+    try: return _refreshed(path, layout, manifest, preprocess, workers, processes, progress)
+    except OSError as e:
+        if e.errno not in _NO_PLACE: raise
+        return _as_it_lies(path, layout, manifest, preprocess, e)
 
 # %% ../../nbs/19_data.loaders.ipynb #bfdb5559
 class TensorSlice(TensorImageBW):

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'EXTENSIONS', 'FORMATS', 'PixelError', 'sniff', 'Pixels', 'r
 # %% ../../nbs/10_data.pixels.ipynb #feab87e9
 import hashlib
 import io
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
     (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (0, b"BM", "BMP"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
-    (128, b"DICM", "DICOM"), (344, b"n+1\0", "NIfTI"), (344, b"ni1\0", "NIfTI"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"),
+    (128, b"DICM", "DICOM"), (344, b"n+1\0", "NIfTI"), (344, b"ni1\0", "NIfTI"), (4, b"n+2\0\r\n\x1a\n", "NIfTI"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"), (4, b"ftypheic", "HEIC"), (4, b"ftypavif", "AVIF"),
     (0, b"%PDF", "PDF"), (0, b"\x1f\x8b", "gzip"), (0, b"PK\x03\x04", "zip"))
 
 # %% ../../nbs/10_data.pixels.ipynb #faa5f420
@@ -96,6 +97,7 @@ def _check_tiff(
     if not inside:
         raise PixelError("a TIFF must hold the directory it points to, it ends before: copy it again", "truncated")
 
+# %% ../../nbs/10_data.pixels.ipynb #dcee3bb3
 def _check_strips(im, data):
     "Every strip or tile that the directory announces lies inside the file"
     for offsets, counts in ((273, 279), (324, 325)):
@@ -103,6 +105,50 @@ def _check_strips(im, data):
         if ends and max(ends) > len(data):
             raise PixelError(f"a TIFF must hold its pixels, they end at byte {max(ends)} of {len(data)}: copy it again",
                              "truncated")
+
+# %% ../../nbs/10_data.pixels.ipynb #dc4b1dc8
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+def _png_length(width, height, bits, interlaced):
+    "Bytes of the unpacked rows of a PNG, `bits` a pixel, each row with its filter byte"
+    passes = _PASSES if interlaced else ((0, 0, 1, 1),)
+    sizes = ((-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes)
+    return sum(h * (1 + (w * bits + 7) // 8) for w, h in sizes if w > 0 and h > 0)
+
+# %% ../../nbs/10_data.pixels.ipynb #362f6fc3
+def _check_rows(size, data):
+    "The packed data of a PNG hold all the rows it announces"
+    packed, at = [], 8
+    while (kind := data[at + 4:at + 8]) != b"IEND":
+        n = struct.unpack(">I", data[at:at + 4])[0]
+        if kind == b"IDAT": packed.append(data[at + 8:at + 8 + n])
+        at += 12 + n
+    need = _png_length(*size, data[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(data[25], 1), data[28])
+    got = len(zlib.decompressobj().decompress(b"".join(packed), need))
+    if got < need:
+        raise PixelError(f"a PNG must hold its rows, {got} of {need} bytes are there: copy it again", "truncated")
+
+# %% ../../nbs/10_data.pixels.ipynb #656e9c65
+_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+def _jpeg_end(data):
+    "Offset of the end mark behind the one scan of a sequential JPEG; 0 for several scans, or when no mark is there"
+    at, scans = 2, 0
+    while at + 1 < len(data) and data[at] == 255:
+        kind = data[at + 1]
+        if kind == 0xD9: return at if scans == 1 else 0
+        if kind in range(0xC2, 0xD0) and kind not in (0xC4, 0xC8, 0xCC): return 0 # progressive, arithmetic: many scans
+        at += 1 if kind == 255 else 2 + int.from_bytes(data[at + 2:at + 4], "big")
+        if kind == 0xDA:
+            if not (mark := _MARK.search(data, at)): return 0
+            scans, at = scans + 1, mark.start()
+    return 0
+
+# %% ../../nbs/10_data.pixels.ipynb #08760a5b
+def _open_ended(data, format):
+    "A JPEG whose decoder must find all its pixels before the data end; others as they are"
+    end = _jpeg_end(data) if format == "JPEG" else 0
+    return data[:end] + b"\xff\0" * 16 if end else data
 
 # %% ../../nbs/10_data.pixels.ipynb #f67f249d
 @dataclass(frozen=True)
@@ -147,6 +193,7 @@ def _bits(im, data):
     if im.format == "TIFF": return max(im.tag_v2.get(258, (1,)))
     return 1 if im.mode == "1" else 8
 
+# %% ../../nbs/10_data.pixels.ipynb #f21837da
 def _refuse(im, bits, max_megapixels):
     "Stop before decoding: size first, then frames, then pixel types without a rule"
     w, h = im.size
@@ -177,11 +224,17 @@ def _bytes(source, max_megapixels):
     if not source: raise PixelError("a picture has bytes, this file is empty: copy it again", "empty")
     return bytes(source)
 
+_NEXT_STEP = {"DICOM": "make pictures of the series' folder with `phoenix data slices`",
+              "NIfTI": "make pictures of its folder with `phoenix data slices`",
+              "gzip": "a folder of .nii.gz volumes becomes pictures with `phoenix data slices`, other files "
+                      "are unpacked"}
+
 def _format(data):
     "The supported format of `data`, or a refusal that names what it is"
     name = sniff(data)
     if name in FORMATS: return name
-    if name: raise PixelError(f"a picture must be {', '.join(FORMATS)}, this is {name}: convert it", "unsupported")
+    step = _NEXT_STEP.get(name, "convert it")
+    if name: raise PixelError(f"a picture must be {', '.join(FORMATS)}, this is {name}: {step}", "unsupported")
     raise PixelError(f"a picture must be {', '.join(FORMATS)}, these bytes are none of them: remove the file or fetch "
                      "it again", "not_an_image")
 
@@ -202,12 +255,13 @@ def _unreadable(e, data, format, max_megapixels):
 
 def _decode(data, format, max_megapixels):
     "Open, refuse or convert; the decoder's own exceptions come out as they are"
-    with Image.open(io.BytesIO(data), formats=[format]) as im:
+    with Image.open(io.BytesIO(_open_ended(data, format)), formats=[format]) as im:
         bits = _bits(im, data)
         _refuse(im, bits, max_megapixels)
         mode, turned = im.mode, im.getexif().get(0x0112, 1) in range(2, 9)
         inverted = format == "TIFF" and bits > 8 and im.tag_v2.get(262) == 0
         if format == "TIFF": _check_strips(im, data)
+        if format == "PNG": _check_rows(im.size, data)
         im.load()
         grey, rule = _luma(ImageOps.exif_transpose(im) if turned else im, bits, inverted)
     return Pixels(np.ascontiguousarray(grey), grey.shape[1], grey.shape[0], mode, bits, format,

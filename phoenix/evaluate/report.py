@@ -8,8 +8,8 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.report.html.md"""
 __all__ = ['STAMPS', 'MAIN', 'LEAK', 'ReportError', 'Figure', 'draw', 'thumbnail', 'Table', 'Section', 'Headline', 'ReportData',
            'show', 'plain', 'render', 'write_report', 'dict_table', 'matrix_table', 'evaluation_section',
            'calibration_section', 'gap_section', 'control_section', 'examples_section', 'data_section', 'twin_gallery',
-           'leak_section', 'split_section', 'plot_history', 'training_section', 'deploy_section', 'provenance_section',
-           'limits']
+           'leak_section', 'split_section', 'shortcut_section', 'overlap_section', 'vault_section', 'looks_headline',
+           'plot_history', 'training_section', 'deploy_section', 'provenance_section', 'limits']
 
 # %% ../../nbs/48_evaluate.report.ipynb #fd1ec603
 import base64, io, re
@@ -124,6 +124,7 @@ class Section:
     galleries:dict[str, list[Figure]] = field(default_factory=dict) # heading and thumbnails
     warnings:list[str] = field(default_factory=list) # what a reader must not miss, shown in a box
     numbers:dict = field(default_factory=dict) # for the JSON alone
+    alarms:list[str] = field(default_factory=list) # why no number of this report can be trusted, in red at the top
 
 @dataclass(frozen=True)
 class Headline:
@@ -147,6 +148,9 @@ class ReportData:
     headline:list[Headline] = field(default_factory=list) # the numbers that matter
     sections:list[Section] = field(default_factory=list) # in reading order
     cannot_claim:list[str] = field(default_factory=list) # what the numbers do not show
+    red:bool = field(init=False) # whether a section raises an alarm
+
+    def __post_init__(self): object.__setattr__(self, 'red', any(s.alarms for s in self.sections))
 
 # %% ../../nbs/48_evaluate.report.ipynb #92d2a24f
 def _number(x):
@@ -211,6 +215,9 @@ a{color:var(--link)}
 .stamp,.warning{margin:.7rem 0;padding:.55rem .8rem;border-left:.3rem solid;border-radius:.2rem;max-width:none}
 .stamp{color:var(--stamp);background:var(--stampbg);font-weight:600}
 .warning{color:var(--warn);background:var(--warnbg)}
+.alarm{margin:.7rem 0;padding:.6rem .8rem;border-radius:.2rem;max-width:none;color:#fff;background:#a51d1d;
+font-weight:600}
+.alarm a{color:#fff}
 nav ul{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;padding:0;margin:1rem 0 0;list-style:none;font-size:.92rem}
 nav li{margin:0}
 nav a{display:inline-block;padding:.3rem 0}
@@ -283,6 +290,8 @@ _PAGE = _MACROS + """<!doctype html>
 <meta name="color-scheme" content="light dark"><title>{{ d.title }}</title><style>{{ style }}</style></head><body>
 <header><h1>{{ d.title }}</h1>
 {% if d.question %}<p class="question">{{ d.question }}</p>{% endif %}
+{% for s in d.sections %}{% set part = loop.index %}{% for a in s.alarms %}<p class="alarm" role="alert">{{ a }}
+<a href="#s{{ part }}">{{ s.title }}</a></p>{% endfor %}{% endfor %}
 {% for s in d.stamps %}<p class="stamp">{{ stamps.get(s, s) }}</p>{% endfor %}
 <nav aria-label="Contents"><ul>
 {% for s in d.sections %}<li><a href="#s{{ loop.index }}">{{ s.title }}</a></li>{% endfor %}
@@ -295,6 +304,7 @@ _PAGE = _MACROS + """<!doctype html>
 <span class="track" aria-hidden="true"><i style="{{ track(h) }}"></i></span>{% endif %}</td></tr>{% endfor %}
 </tbody></table></div></div>{% endif %}
 {% for s in d.sections %}<section aria-labelledby="s{{ loop.index }}"><h2 id="s{{ loop.index }}">{{ s.title }}</h2>
+{% for a in s.alarms %}<p class="alarm">{{ a }}</p>{% endfor %}
 {% for w in s.warnings %}<p class="warning">{{ w }}</p>{% endfor %}
 {% for p in s.text %}<p>{{ p }}</p>{% endfor %}
 {% for t in s.tables %}{{ table(t) }}{% endfor %}
@@ -604,6 +614,67 @@ def split_section(
     warnings = ([STAMPS['published']] if kind == 'published' else []) + ([said] if verified is False else [])
     return Section(f'Split proof ({kind})', [text], [table, dict_table(proof, 'Proof')], warnings=warnings,
                    numbers=dict(kind=kind, rule=rule, proof=dict(proof), sha256=sha256, verified=verified))
+
+# %% ../../nbs/48_evaluate.report.ipynb #8fb5f325
+def shortcut_section(
+    probes:pd.DataFrame, # of `probe_table`: name, target, accuracy, low, high, chance, skill, red, n
+    *,
+    figures:Sequence[Figure] = (), # for example `plot_probes`
+    text:Sequence[str] = (), # sentences before the table
+)->Section: # red when a probe is red
+    "What predicts the label without looking at the brain"
+    red = probes[probes['red']]
+    alarms = [f'{r.name} alone names the {"class" if r.target == "class" else "tumour"} in {100*r.accuracy:.1f} % '
+              f'[{100*r.low:.1f}, {100*r.high:.1f}] of the pictures, where guessing reaches {100*r.chance:.1f} %: '
+              'a network can do so too, without seeing a tumour.' for r in red.itertuples()]
+    alarms = [a[0].upper() + a[1:] for a in alarms]
+    said = ('A probe is red when even the low end of its interval leaves guessing behind by a tenth of what is left. '
+            f'{len(red)} of {len(probes)} probes are red.')
+    table = Table(probes, 'What each accident tells about the label')
+    return Section('Shortcuts', [*text, said], [table], list(figures), alarms=alarms,
+                   numbers=dict(red=len(red), probes=len(probes)))
+
+# %% ../../nbs/48_evaluate.report.ipynb #ce05942c
+def overlap_section(
+    table:pd.DataFrame, # of `overlap_table`
+    conflicts:pd.DataFrame, # of `conflicts`: pairs with two labels
+    *,
+    figures:Sequence[Figure] = (), # for example `plot_overlap`
+    gallery:Sequence[Figure] = (), # a `thumbnail` of each conflict shown
+)->Section: # which set holds which, and where they contradict
+    "Whether the sets are different sets"
+    apart = table[table['set_a'] != table['set_b']]
+    shared = apart[apart['twins'] > 0]
+    said = [f'{r.twins} of {r.files} files of {r.set_a} ({100*r.share:.1f} %) have a twin in {r.set_b}, '
+            f'{r.twins - r.upright} of them only mirrored, turned or inverted.' for r in shared.itertuples()]
+    pairs = dict.fromkeys(tuple(sorted((r.set_a, r.set_b))) for r in shared.itertuples())
+    warnings = [f'Training on {a} and testing on {b}, or the other way, is no external validation: they share pictures.'
+                for a, b in pairs]
+    tables = [Table(table, 'Files of each set (A) with a twin in each set (B)')]
+    if len(conflicts): tables.append(Table(conflicts, 'One picture, two labels that cannot both be right', rows=20))
+    pairs = {'One picture, two labels': list(gallery)} if gallery else {}
+    return Section('Overlap and label conflicts', said or ['No file of one set has a twin in another.'], tables,
+                   list(figures), pairs, warnings, dict(shared=len(shared), conflicts=len(conflicts)))
+
+# %% ../../nbs/48_evaluate.report.ipynb #daa98def
+def vault_section(
+    looks:pd.DataFrame, # of `Ledger.table`: look, time, who, why, accuracy
+    reasons:Sequence[str] = (), # of `Ledger`: what is wrong with it
+)->Section: # red when the ledger cannot be believed
+    "How often the test labels have been looked at, by whom and why"
+    n = len(looks)
+    text = [f'The labels of this test set have been looked at {n} {"time" if n == 1 else "times"} through the vault. '
+            'Each look is a chance to choose, and no interval on this page knows of the choice.']
+    alarms = [f'The ledger of looks cannot be believed: {r}.' for r in reasons]
+    return Section('Looks at the test set', text, [Table(looks, 'Every look, in order')], numbers=dict(looks=n),
+                   alarms=alarms)
+
+
+def looks_headline(
+    n:int, # looks so far, `Vault.looks`
+)->Headline: # for the top of the page
+    "The count of looks as a line of the main results"
+    return Headline('looks at the test set', n, '', 'each a chance to choose; counted by the vault')
 
 # %% ../../nbs/48_evaluate.report.ipynb #64ced829
 def plot_history(
