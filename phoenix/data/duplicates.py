@@ -70,7 +70,7 @@ def _portrayed(grey):
     "The same and a portrait for registration"
     return *_thumbnails(grey), portrait(grey)
 
-
+# %% ../../nbs/14_data.duplicates.ipynb #53bd6a45
 def _sign(table, read):
     "Signatures of the different pictures of a table; `read` gives what is kept of each row"
     rows = table[table.problem == ""].sort_values("path").drop_duplicates("pixels_sha256")
@@ -79,7 +79,7 @@ def _sign(table, read):
     for k, (small[k], thumbs[k], *more) in enumerate(read(rows)): portraits += more
     return Signatures(tuple(rows.path), hash_thumbnails(small)[0], thumbs, tuple(portraits))
 
-# %% ../../nbs/14_data.duplicates.ipynb #53bd6a45
+
 def _looker(depth):
     "What is kept of each picture at a depth; a depth that is none is refused"
     if depth not in ("fast", "thorough"):
