@@ -13,6 +13,7 @@ from phoenix.data.duplicates import DuplicateError, bonds, by_hash, byte_copies,
 from phoenix.data.hashes import VIEWS, hamming_search, phash, thumbnail, turn, view_hashes
 from phoenix.data.phantom import Faults, make_phantom, phantom_slice
 from phoenix.data.pixels import read_pixels
+from phoenix.data.registration import IDENTITY, agreement, verdict
 from phoenix.data.splits import SplitError, certify, verify_certificate
 
 
@@ -211,6 +212,24 @@ def test_the_map_of_a_pair_says_what_was_done(spoilt):
     assert abs(turned.angle - 5) < .5 and abs(turned.scale - 1) < .02
     centre = (20 + 115 - 128)/256*100*256/230 # the middle of the window lies below the middle of the head
     assert abs(crop.shift_y + centre) < 1
+
+
+def test_the_map_turns_round_with_the_names(tmp_path):
+    head = phantom_slice("glioma", 0, 2, size=256).image
+    for name in ("a", "z"): save(tmp_path, f"glioma/{name}.png", head)
+    save(tmp_path, "glioma/m.png", np.ascontiguousarray(np.rot90(head[:230, 13:243])))
+    pairs = find_pairs(build_manifest(tmp_path, progress=False), depth="thorough", progress=False)
+    there, back = (pairs[(pairs.a == f"glioma/{a}.png") & (pairs.b == f"glioma/{b}.png")].iloc[0] for a, b in ("am", "mz"))
+    assert (there.view, back.view) == ("rot90", "rot270")
+    assert abs(there.scale - 230/256) < .02 and abs(back.scale - 256/230) < .02
+    assert abs(there.shift_x) > 3 and abs(back.shift_x) < 1 and abs(back.shift_y) > 3
+
+
+def test_a_picture_with_little_texture_has_no_detail():
+    spot = np.zeros((128, 128), np.float32)
+    spot[40:60, 40:60] = np.random.Generator(np.random.Philox(1)).integers(0, 255, (20, 20))
+    seen = agreement(spot, spot, IDENTITY)
+    assert seen.aligned > .999 and seen.detail == 0 and verdict(seen) == "different"
 
 
 def test_leak_counts_apart_what_registration_adds(spoilt, planted):
