@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .acquire import Manifest, read_folder
 from .hashes import VIEWS, hash_thumbnails, inverse_view, thumbnail, turn
 from .pixels import read_pixels
-from .registration import COPY, Portrait, describe, match, motion, nearest, portrait, verdict
+from .registration import COPY, WORTH, Portrait, describe, match, motion, nearest, portrait, verdict
 from .registration import reverse as flip
 from .search import near_queries
 from ..plots import class_colour, show_grid, style
@@ -180,6 +180,7 @@ def _registered(marks, best, views):
     seen = pd.DataFrame(rows, columns=["i", "j", "turned", "affine", "agreement", "says"])
     if views == "upright": seen = seen[seen.turned == 0]
     seen["detail"] = np.array([a.detail for a in seen.agreement], dtype=float)
+    seen["judged"] = [a.detail != 0 or a.trimmed < WORTH.trimmed for a in seen.agreement]
     both = best.merge(seen, on=["i", "j"], how="outer", indicator="by")
     return both[(both.by != "right_only") | both.says.isin(["copy", "neighbour"])].reset_index(drop=True)
 
@@ -194,7 +195,7 @@ def _judge(marks, both):
     both["upright"] = np.bitwise_count(marks.hashes[i, 0] ^ marks.hashes[j, 0]).astype(np.int64)
     both["score"] = _score(marks, both)
     hashed = both.confirmed.eq(True).to_numpy()
-    copy, measured = (both.says == "copy").to_numpy(), (both.detail > 0).to_numpy()
+    copy, measured = (both.says == "copy").to_numpy(), both.judged.eq(True).to_numpy()
     other = ~hashed & (both.says == "neighbour").to_numpy()
     both["kind"] = np.select([hashed & ~copy & measured | other, ~hashed & copy], ["neighbour", "registered"], "near")
     choices = [hashed & ~copy & measured, hashed, copy, other]
