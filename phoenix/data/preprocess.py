@@ -23,7 +23,7 @@ from ..plots import show_grid
 from ..records import hash_json
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/17_data.preprocess.ipynb #3757bcb1
+# %% ../../nbs/17_data.preprocess.ipynb #7b739846
 class PreprocessError(PhoenixError):
     "A picture or a setting that preprocessing has no rule for"
 
@@ -46,12 +46,12 @@ def _without_bias(grey, mask, bias):
         x, lit = (torch.from_numpy(np.ascontiguousarray(a))[None, None] for a in (grey.astype(np.float32), mask))
         flat = correct_batch(x, lit)[0][0, 0].numpy()
     else:
-        options = N4Options(shrink=max(1, round(max(grey.shape)/56)), iterations=(50, 50, 50))
+        options = N4Options(shrink=max(1, round(max(grey.shape)/40)), iterations=(50, 50, 50))
         flat = correct_n4(grey, mask, options=options).image
     flat = np.where(mask, flat, np.minimum(flat, flat[mask].max()))
     return np.rint(flat*(65535/flat.max())).astype(np.uint16)
 
-# %% ../../nbs/17_data.preprocess.ipynb #aacad37d
+# %% ../../nbs/17_data.preprocess.ipynb #702308df
 _VERSIONS = (1, 2)
 _CHOICES = {"normalise": ("zscore", "range", "percentile", "nyul", "whitestripe"),
             "strip": ("none", "refuse", "keep"), "bias": ("none", "n4", "batch")}
@@ -95,7 +95,7 @@ class Preprocess:
         _check(self)
         object.__setattr__(self, "clip", float(self.clip))
 
-# %% ../../nbs/17_data.preprocess.ipynb #01c98c3d
+# %% ../../nbs/17_data.preprocess.ipynb #d609d7ec
 def _zscore(x, mask):
     "Head to 0…255 by its mean and spread, air to 0"
     counts = cv2.calcHist([x], [0], mask, [256], [0, 256]).ravel().astype(np.float64)
@@ -126,7 +126,7 @@ def _resize(x, size):
     how = cv2.INTER_AREA if height <= h and width <= w else cv2.INTER_CUBIC
     return cv2.resize(x, (width, height), interpolation=how)
 
-# %% ../../nbs/17_data.preprocess.ipynb #2729bcb9
+# %% ../../nbs/17_data.preprocess.ipynb #74f807ac
 @patch
 def steps(self:Preprocess,
     grey:np.ndarray, # (H,W) uint8 or uint16
@@ -164,7 +164,7 @@ def plot_steps(
     titles = [f"{k}, {x.shape[0]} × {x.shape[1]}" for k, x in zip(["input", *done], shown)]
     return show_grid([np.repeat(x[..., None], 3, 2) for x in shown], titles, cols=len(shown), ax=ax)
 
-# %% ../../nbs/17_data.preprocess.ipynb #4ffc0b79
+# %% ../../nbs/17_data.preprocess.ipynb #993f83ab
 @patch
 def with_nyul(self:Preprocess,
     training:Iterable, # (H,W) uint8 or uint16, training images and no others
@@ -178,7 +178,7 @@ def with_nyul(self:Preprocess,
             if len(np.unique(x[done["head"] > 0])) > 1: yield x, done["head"].astype(bool)
     return replace(self, normalise="nyul", nyul=fit_nyul(parts()))
 
-# %% ../../nbs/17_data.preprocess.ipynb #ff873486
+# %% ../../nbs/17_data.preprocess.ipynb #49c9f516
 @patch
 def spec(self:Preprocess)->dict: # plain data for JSON
     "The description that is stored with a model"
