@@ -138,3 +138,26 @@ def test_processes_make_the_cache_that_threads_make(tmp_path):
     two = build_cache(manifest, p, tmp_path/"b", processes=2, progress=False)
     assert one.path.read_bytes() == two.path.read_bytes() and two.computed == len(two)
     assert build_cache(manifest, p, tmp_path/"a", processes=2, progress=False).computed == 0
+
+
+def test_threads_take_turns():
+    import SimpleITK as sitk
+    from threading import Event, Thread
+    from phoenix.data.bias import _one_thread
+    count, entered, left, seen = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads, Event(), Event(), []
+
+    def second():
+        with _one_thread(sitk):
+            entered.set()
+            left.wait(5)
+            seen.append(count())
+    before, other = count(), Thread(target=second)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(3)
+    try:
+        with _one_thread(sitk):
+            other.start()
+            entered.wait(.3)
+        left.set()
+        other.join()
+        assert seen == [1] and count() == 3
+    finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)

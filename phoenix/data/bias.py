@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,17 @@ def _inputs(image, mask):
     return x.astype(np.float32), mask
 
 
+_TURN = Lock() # SimpleITK's count of threads holds for the whole process
+
+
 @contextmanager
 def _one_thread(sitk)->Iterator[None]:
-    "SimpleITK on one thread, and as it was afterwards"
-    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try: yield
-    finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    "SimpleITK on one thread, one caller at a time, and as it was afterwards"
+    with _TURN:
+        before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        try: yield
+        finally: sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 # %% ../../nbs/16b_data.bias.ipynb #48ee44be
 def correct_n4(
