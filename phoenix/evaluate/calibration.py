@@ -119,9 +119,8 @@ def plot_reliability(
     ax.plot([0, 1], [0, 1], color='0.6', lw=.8, ls=':', label='calibrated')
     share = t.n/t.n.sum()
     ax.bar((t.above + t.to)/2, .25*share/share.max(), width=.9/bins, color='0.85', label='pictures in the bin')
-    spread = [t.accuracy - t.low, t.high - t.accuracy]
-    ax.errorbar(t.confidence, t.accuracy, spread, fmt='o', ms=4, color='#08519c', ecolor='#6baed6',
-                label='accuracy, 95 %')
+    ax.vlines(t.confidence, t.low, t.high, color='#6baed6')
+    ax.scatter(t.confidence, t.accuracy, s=16, color='#08519c', zorder=3, label='accuracy, 95 %')
     error, lean = ece(probs, targets, bins), float((share*(t.confidence - t.accuracy)).sum())
     word = 'over-confident' if lean > 0 else 'under-confident'
     ax.set_title(f'ECE {error:.3f}, {word} by {abs(lean):.3f} on average', fontsize=10)

@@ -330,7 +330,8 @@ def wilson(
     if not 0 <= k <= n or n < 1: raise MetricError(f'wilson needs 0 ≤ k ≤ n and n ≥ 1, got {k} of {n}')
     z = stats.norm.ppf((1 + level)/2)
     centre, half = (k + z*z/2)/(n + z*z), z*np.sqrt(k*(n - k)/n + z*z/4)/(n + z*z)
-    return Interval(k/n, float(max(0., centre - half)), float(min(1., centre + half)), int(n), level)
+    share = k/n # at 0 and at n an end is the share itself, which rounding would miss
+    return Interval(share, float(np.clip(centre - half, 0, share)), float(np.clip(centre + half, share, 1)), int(n), level)
 
 # %% ../../nbs/41_evaluate.statistics.ipynb #2c08259a
 def chance_band(
