@@ -31,7 +31,7 @@ run: install   ## from raw images to a verified INT8 model: make run [DATA=folde
 	  $(if $(MODEL),-p model=$(MODEL))
 
 test: install gate  ## the whole gate: clean and export leave no diff, ruff, notebooks, README, pytest with coverage
-	$(BIN)/python -m pytest -q -n 2 --cov=phoenix --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov=phoenix --cov-report=term:skip-covered --cov-fail-under=90
 
 gate: install
 	$(BIN)/python .ci/gate.py

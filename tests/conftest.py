@@ -36,7 +36,7 @@ def two_threads_at_most():
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     "Print how many tests ran, and fail a whole run in which fewer pass than are on record"
     passed = len(terminalreporter.stats.get("passed", []))
-    whole = not config.getoption("-k") and not config.getoption("-m") and config.args in ([], ["tests"], [str(ROOT / "tests")])
+    whole = not config.getoption("-k") and config.getoption("-m") in ("", "not slow") and config.args in ([], ["tests"], [str(ROOT / "tests")])
     recorded = json.loads(COUNTS.read_text())["tests"] if COUNTS.exists() else 0
     terminalreporter.write_line(f"phoenix: {passed} tests passed, {recorded} on record")
     config.stash[_SHORT] = whole and passed < recorded and exitstatus == 0

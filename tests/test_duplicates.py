@@ -309,6 +309,7 @@ def test_the_counts_of_sartaj(real_data):
     assert (upright["near"], upright["confirmed"]) == (262, 260)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_thorough_search_of_sartaj_keeps_the_counts(real_data):
     manifest = build_manifest(real_data / "sartajbhuvaji", progress=False)

@@ -35,8 +35,14 @@ def used(name, size=64, n_classes=4, c=1):
     return net
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [*family_names(), 'cnn', 'resnet18'])
+SOONER = {'neurosnake_tiny_ca', 'neurosnake_small_ca', 'neurosnake_base_none', 'neurosnake_tiny_se', 'plain_tiny_none',
+          'plain_small_se', 'plain_base_ca', 'cnn', 'resnet18'}  # each size, attention and kind once; the others at night
+
+
+def nightly(names, sooner): return [n if n in sooner else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize('name', nightly([*family_names(), 'cnn', 'resnet18'], SOONER))
 def test_parity_of_every_network(name, tmp_path):
     net, images = used(name), patterns(32, 64, 9)
     path = export_onnx(net, tmp_path/'m.onnx', size=64)
@@ -51,8 +57,7 @@ def test_parity_of_every_network(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['m.onnx']  # no second weight file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['neurosnake_small_ca', 'plain_tiny_ca', 'resnet18'])
+@pytest.mark.parametrize('name', nightly(['neurosnake_small_ca', 'plain_tiny_ca', 'resnet18'], {'neurosnake_small_ca'}))
 def test_int8_stays_close(name, tmp_path):
     net, images = used(name), patterns(24, 64, 9)
     fp32, int8 = export_onnx(net, tmp_path/'m.onnx', size=64), tmp_path/'q.onnx'

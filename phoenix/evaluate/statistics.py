@@ -331,7 +331,8 @@ def wilson(
     z = stats.norm.ppf((1 + level)/2)
     centre, half = (k + z*z/2)/(n + z*z), z*np.sqrt(k*(n - k)/n + z*z/4)/(n + z*z)
     share = k/n # at 0 and at n an end is the share itself, which rounding would miss
-    return Interval(share, float(np.clip(centre - half, 0, share)), float(np.clip(centre + half, share, 1)), int(n), level)
+    low, high = np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
+    return Interval(share, float(low), float(high), int(n), level)
 
 # %% ../../nbs/41_evaluate.statistics.ipynb #2c08259a
 def chance_band(
