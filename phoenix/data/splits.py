@@ -6,8 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/data.splits.html.md"""
 
 # %% auto #0
 __all__ = ['SEARCH', 'SplitError', 'group_rows', 'unit_rows', 'plot_components', 'split_grouped', 'split_folds', 'split_column',
-           'split_published', 'drop_crossings', 'Certificate', 'prove', 'sides_of_folds', 'certify', 'make_split',
-           'plot_split', 'Verification', 'verify_certificate']
+           'split_published', 'split_pictures', 'drop_crossings', 'Certificate', 'prove', 'sides_of_folds', 'certify',
+           'make_split', 'plot_split', 'Verification', 'verify_certificate']
 
 # %% ../../nbs/15_data.splits.ipynb #261239f0
 import io
@@ -215,6 +215,21 @@ def split_published(
         side[train[permutation(len(train), seed, "published")[:round(valid*len(train))]]] = "valid"
     return pd.Series(side, index=pd.Index(rows.path, name=None), name="side")[pd.notna(side)]
 
+# %% ../../nbs/15_data.splits.ipynb #61d7626e
+def split_pictures(
+    manifest:Manifest, # of any set
+    fractions:tuple[float,float,float]=(.7, .15, .15), # train, valid, test; they sum to 1
+    seed:int=42, # of the random order
+)->pd.Series: # path → 'train', 'valid' or 'test'
+    "Pictures drawn one by one, as papers do on sets without a split: slices of a patient and copies cross, so it leaks"
+    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise SplitError(f"fractions must be three shares above 0 that sum to 1, got {fractions}; "
+                         "(0.7, 0.15, 0.15) is usual")
+    paths = manifest.readable.path.sort_values().to_numpy()
+    place = np.argsort(permutation(len(paths), seed, "pictures"))/len(paths)
+    side = np.select([place < fractions[2], place < fractions[1] + fractions[2]], ["test", "valid"], "train")
+    return pd.Series(side, index=paths, name="side")
+
 # %% ../../nbs/15_data.splits.ipynb #dd8aa5fe
 _ORDER = {"train": 0, "valid": 1, "test": 2} # the later side keeps its rows
 
@@ -241,7 +256,7 @@ class Certificate:
     manifest_sha256:str # of the manifest it was made from
     source:str # where the set came from, as the manifest says
     kind:str # 'certified', or 'published' for a split that may leak
-    rule:str # 'grouped', 'folds', 'column', 'published', or a name of one's own
+    rule:str # 'grouped', 'folds', 'column', 'published', 'pictures', or a name of one's own
     parameters:dict[str,Any] # of the rule and of the duplicate search
     files:dict[str,list] # path → sha256 of its bytes, label, fold or None
     assignment:dict[str,str] # path → side
@@ -315,7 +330,8 @@ def prove(
 
 # %% ../../nbs/15_data.splits.ipynb #ebdd9b39
 _RULES = dict(grouped=("fractions", "seed"), folds=("n", "seed"), column=("test_folds", "valid_folds"),
-              published=("valid", "seed"))
+              published=("valid", "seed"), pictures=("fractions", "seed"))
+_LEAKY = ("published", "pictures")
 
 
 def sides_of_folds(
@@ -335,7 +351,7 @@ def _remake(manifest, pairs, rule, parameters):
     if rule not in _RULES or not set(_RULES[rule]) <= set(parameters): return None
     options = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in parameters.items() if k in _RULES[rule]}
     if rule == "column": return split_column(manifest, **options)
-    if rule == "published": return split_published(manifest, **options)
+    if rule in _LEAKY: return (split_published if rule == "published" else split_pictures)(manifest, **options)
     groups = group_rows(manifest, pairs)
     if rule == "grouped": return split_grouped(manifest, groups, **options)
     folds = split_folds(manifest, groups, **options)
@@ -380,7 +396,7 @@ def _certificate(manifest, pairs, side, rule, parameters, group, proof):
     counts = pd.crosstab(side, rows.set_index("path").label[side.index])
     return Certificate(
         manifest_sha256=manifest.sha256, source=manifest.source,
-        kind="published" if rule == "published" else "certified", rule=rule, parameters=parameters,
+        kind="published" if rule in _LEAKY else "certified", rule=rule, parameters=parameters,
         files=_file_rows(manifest), assignment=side.to_dict(), left_out=_reasons_left_out(rows, side, group),
         groups=group.to_dict(), counts={s: r.to_dict() for s, r in counts.iterrows()}, proof=proof,
         edges=[[r.a, r.b, r.kind, int(r.distance), r.view, round(float(r.score), 6)] for r in sure.itertuples()],
@@ -391,9 +407,9 @@ def certify(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs` on all of it
     assignment:pd.Series, # path → side
-    rule:str, # 'grouped', 'folds', 'column', 'published', or a name of one's own
+    rule:str, # 'grouped', 'folds', 'column', 'published', 'pictures', or a name of one's own
     parameters:Mapping[str,Any]|None=None, # of the rule, by the names of its function; and of the search
-)->Certificate: # of kind 'certified', or 'published' under that rule
+)->Certificate: # of kind 'certified', or 'published' under the rules that leak
     "Prove that nothing crosses the sides of a split, or refuse it"
     side = assignment.astype(str).sort_index()
     strange = side.index.difference(manifest.readable.path)
@@ -407,7 +423,7 @@ def certify(
         raise SplitError(f"The assignment must be what rule {rule!r} gives with its parameters, got another one; "
                          "pass the parameters that made it, or name a rule of your own")
     proof, group = prove(manifest, pairs, side), _components(manifest, pairs)
-    if rule != "published": _refuse_crossings(proof, group, side)
+    if rule not in _LEAKY: _refuse_crossings(proof, group, side)
     return _certificate(manifest, pairs, side, rule, parameters, group, proof)
 
 # %% ../../nbs/15_data.splits.ipynb #df8cc88c
@@ -415,8 +431,8 @@ def make_split(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
     *,
-    rule:str="grouped", # 'grouped', 'folds', 'author' (the manifest's own folds) or 'published'
-    fractions:tuple[float,float,float]=(.7, .15, .15), # of rule 'grouped': train, valid, test
+    rule:str="grouped", # 'grouped', 'folds', 'author' (the manifest's own folds), 'published' or 'pictures'
+    fractions:tuple[float,float,float]=(.7, .15, .15), # of rules 'grouped' and 'pictures': train, valid, test
     n:int=5, # of rule 'folds': how many
     fold:int=0, # of rule 'folds': the one that is tested
     test_folds:Iterable[int]=(4,), # of rule 'author'
@@ -426,7 +442,8 @@ def make_split(
 )->Certificate: # of the split
     "Split a set by a named rule and certify it; author's folds give up training rows that cross"
     choices = dict(grouped=dict(fractions=fractions, seed=seed), folds=dict(n=n, fold=fold, seed=seed),
-                   author={}, column={}, published=dict(valid=valid, seed=seed))
+                   author={}, column={}, published=dict(valid=valid, seed=seed),
+                   pictures=dict(fractions=fractions, seed=seed))
     if rule not in choices:
         raise SplitError(f"rule must be one of {sorted(choices)}, got {rule!r}{did_you_mean(rule, choices)}")
     options = choices[rule]
@@ -575,7 +592,7 @@ def _check_groups(cert, manifest):
 # %% ../../nbs/15_data.splits.ipynb #1f7162d2
 def _check_rule(cert, manifest):
     "Kind, counts, authors' folds and the named rule"
-    if (cert.kind == "published") != (cert.rule == "published"):
+    if (cert.kind == "published") != (cert.rule in _LEAKY):
         yield f"kind {cert.kind!r} does not go with rule {cert.rule!r}"
     rows, side = manifest.readable.set_index("path"), pd.Series(cert.assignment).sort_index()
     counts = pd.crosstab(side, rows.label[side.index])
