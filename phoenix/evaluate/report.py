@@ -616,6 +616,15 @@ def split_section(
                    numbers=dict(kind=kind, rule=rule, proof=dict(proof), sha256=sha256, verified=verified))
 
 # %% ../../nbs/48_evaluate.report.ipynb #8fb5f325
+def _probe_alarm(red):
+    "One sentence on the red probes of a target: the strongest in figures, the others counted"
+    r = red.loc[red['skill'].idxmax()]
+    others = f' Others are red too: {len(red) - 1}.' if len(red) > 1 else ''
+    return (f'{r["name"][0].upper()}{r["name"][1:]} alone names the {"class" if r.target == "class" else "tumour"} in '
+            f'{100*r.accuracy:.1f} % [{100*r.low:.1f}, {100*r.high:.1f}] of the pictures, where guessing reaches '
+            f'{100*r.chance:.1f} %: a network can do so too, without seeing a tumour.{others}')
+
+
 def shortcut_section(
     probes:pd.DataFrame, # of `probe_table`: name, target, accuracy, low, high, chance, skill, red, n
     *,
@@ -624,10 +633,7 @@ def shortcut_section(
 )->Section: # red when a probe is red
     "What predicts the label without looking at the brain"
     red = probes[probes['red']]
-    alarms = [f'{r.name} alone names the {"class" if r.target == "class" else "tumour"} in {100*r.accuracy:.1f} % '
-              f'[{100*r.low:.1f}, {100*r.high:.1f}] of the pictures, where guessing reaches {100*r.chance:.1f} %: '
-              'a network can do so too, without seeing a tumour.' for r in red.itertuples()]
-    alarms = [a[0].upper() + a[1:] for a in alarms]
+    alarms = [_probe_alarm(rows) for _, rows in red.groupby('target', sort=False)]
     said = ('A probe is red when even the low end of its interval leaves guessing behind by a tenth of what is left. '
             f'{len(red)} of {len(probes)} probes are red.')
     table = Table(probes, 'What each accident tells about the label')
