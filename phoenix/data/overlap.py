@@ -10,7 +10,7 @@ __all__ = ['TUMOURS', 'WAYS', 'OverlapError', 'link_set', 'union', 'set_of', 'tw
 
 # %% ../../nbs/15a_data.overlap.ipynb #dac027b8
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +40,13 @@ def link_set(
     folder:Path, # new or empty; gets manifest.csv and a link called 'files'
     *,
     source:str|None=None, # name of the set; that of `root` when None
+    look:Callable|None=None, # is shown each grey picture, see `build_manifest`
 )->Manifest: # of `folder`
     "Describe a folder by a table of one's own, without touching it"
     if not {"file", "label"} <= set(rows): raise OverlapError(f"rows must have the columns file and label, got "
                                                               f"{', '.join(map(str, rows))}; rename them")
     _fill(Path(folder), rows.assign(file="files/" + rows.file.astype(str)), dict(files=Path(root)))
-    return build_manifest(folder, source=source or Path(root).name, progress=False)
+    return build_manifest(folder, source=source or Path(root).name, progress=False, look=look)
 
 
 def _fill(folder, rows, links):
@@ -99,7 +100,8 @@ def union(
     if grain == "tumour": rows["label"] = rows.label.replace(dict.fromkeys(TUMOURS, "tumor"))
     _fill(Path(folder), rows, {n: Path(m.root) for n, m in manifests.items()})
     made = build_manifest(folder, source=" + ".join(manifests), workers=workers, progress=False)
-    return replace(made, synthetic=any(m.synthetic for m in manifests.values()))
+    looks = {sha: x for m in manifests.values() for sha, x in m.looks.items()}
+    return replace(made, synthetic=any(m.synthetic for m in manifests.values()), looks=looks)
 
 
 def set_of(

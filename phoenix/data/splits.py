@@ -10,14 +10,13 @@ __all__ = ['SEARCH', 'SplitError', 'group_rows', 'unit_rows', 'plot_components',
            'plot_split', 'Verification', 'verify_certificate']
 
 # %% ../../nbs/15_data.splits.ipynb #261239f0
-import io
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imagehash
 import matplotlib.pyplot as plt
@@ -27,11 +26,12 @@ from matplotlib.axes import Axes
 from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from threadpoolctl import threadpool_limits
 
 import phoenix
 from .acquire import Manifest, build_manifest
-from .duplicates import bonds, by_hash, cluster, find_pairs
-from .pixels import read_pixels, to_uint8
+from .duplicates import Look, bonds, by_hash, cluster, find_pairs, look_at
+from .pixels import to_uint8
 from ..keys import permutation
 from ..plots import class_colour, style
 from ..records import hash_json, read_json, write_json
@@ -489,15 +489,22 @@ def _view_bits(small):
     return np.where(flat > np.median(flat, axis=1, keepdims=True), 1., -1.).astype("float32")
 
 # %% ../../nbs/15_data.splits.ipynb #20052d1d
-def _reread(file, row):
-    "Upright hash bits, those of all views, thumbnail and pixel hash of one file, from its bytes"
-    if row.conversion in ("none", "luma"): grey = Image.open(io.BytesIO(file.read_bytes())).convert("L")
-    else: grey = Image.fromarray(to_uint8(read_pixels(file).grey))
-    small = grey.resize((32, 32), Image.Resampling.LANCZOS)
+class _Sight(NamedTuple):
+    "What the verifier keeps of one picture"
+    upright:np.ndarray # float32 `(64,)`, hash bits as ±1
+    views:np.ndarray # float32 `(16,64)`, those of all views
+    thumb:Image.Image # 64×64
+    look:Look|None # for registration, which is searched again
+
+
+def _see(grey, look=None):
+    "The verifier's own view of a grey picture, which was decoded from the bytes a moment ago"
+    image = Image.fromarray(to_uint8(grey))
+    small, thumb = image.resize((32, 32), Image.Resampling.LANCZOS), image.resize((64, 64), Image.Resampling.BILINEAR)
     upright = np.where(imagehash.phash(small).hash.ravel(), 1., -1.).astype("float32")
-    return upright, _view_bits(small), grey.resize((64, 64), Image.Resampling.BILINEAR), row.pixels_sha256
+    return _Sight(upright, _view_bits(small), thumb, look(grey) if look else None)
 
-
+# %% ../../nbs/15_data.splits.ipynb #391cb82c
 def _alike(one, two, views, threshold):
     "Whether a thumbnail under one of the views correlates with another above the threshold"
     target, turned = np.asarray(two, dtype=float).ravel(), _pillow_views(one).reshape(16, -1)[views]
@@ -506,23 +513,22 @@ def _alike(one, two, views, threshold):
 
 # %% ../../nbs/15_data.splits.ipynb #1bba5b87
 def _lookalikes(one, two, hamming, threshold):
-    "Pairs (row of one, row of two, confirmed) of two sides' pictures, the views taken of `one`"
+    "Pairs (row of one, row of two, confirmed) of two sides' (pixel hash, sight), the views taken of `one`"
     if not one or not two: return
-    words, same = np.stack([x[0] for x in two], axis=1), {}
-    for k, x in enumerate(two):
-        if np.ptp(np.asarray(x[2])): same.setdefault(x[3], set()).add(k)
-    for i, (_, bits, thumb, pixels) in enumerate(one):
-        view, j = np.nonzero(32 - bits @ words/2 <= hamming)
+    words, same = np.stack([x.upright for _, x in two], axis=1), {}
+    for k, (pixels, x) in enumerate(two):
+        if np.ptp(np.asarray(x.thumb)): same.setdefault(pixels, set()).add(k)
+    for i, (pixels, x) in enumerate(one):
+        view, j = np.nonzero(x.views @ words >= 64 - 2*hamming)
         equal = same.get(pixels, set())
         for k in sorted(equal | set(j.tolist())):
-            yield i, k, k in equal or _alike(thumb, two[k][2], view[j == k], threshold)
+            yield i, k, k in equal or _alike(x.thumb, two[k][1].thumb, view[j == k], threshold)
 
 
-def _crossings(manifest, assignment, search, workers):
-    "Candidate and confirmed pairs between files of different sides, from the bytes"
-    rows = manifest.table.set_index("path").loc[sorted(assignment)]
-    with ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(rows.index, pool.map(lambda r: _reread(manifest.root/r.Index, r), rows.itertuples())))
+def _crossings(manifest, assignment, search):
+    "Candidate and confirmed pairs between files of different sides, from what `_see` saw of them"
+    rows = manifest.readable.set_index("path").pixels_sha256.loc[sorted(assignment)]
+    seen = {p: (sha, manifest.looks[sha]) for p, sha in rows.items()}
     sides = {s: [p for p in rows.index if assignment[p] == s] for s in sorted(set(assignment.values()))}
     candidates, found = set(), set()
     for s, t in combinations(sides, 2):
@@ -592,10 +598,11 @@ def _check_rule(cert, manifest):
         if len(other): yield f"{len(other)} files are not where rule {cert.rule!r} puts them, first {other[0]}"
 
 # %% ../../nbs/15_data.splits.ipynb #7449ffb5
-def _check_registered(cert, manifest, counts, workers):
+def _check_registered(cert, manifest, counts):
     "Pairs across sides that registration alone finds, searched again from the bytes"
     search = {k: cert.parameters[k] for k in ("hamming", "correlation", "views")}
-    again = bonds(find_pairs(manifest, depth="thorough", workers=workers, progress=False, **search))
+    deep = replace(manifest, looks={sha: x.look for sha, x in manifest.looks.items()})
+    again = bonds(find_pairs(deep, depth="thorough", progress=False, **search))
     wide = again[again.confirmed & ~by_hash(again)]
     across = wide[wide.a.map(cert.assignment).ne(wide.b.map(cert.assignment)) & wide.a.isin(cert.assignment)
                   & wide.b.isin(cert.assignment)]
@@ -609,11 +616,11 @@ def _check_registered(cert, manifest, counts, workers):
         yield f"{r.kind} pictures stand on two sides: {r.a} ({cert.assignment[r.a]}) and {r.b} ({cert.assignment[r.b]})"
 
 
-def _check_pictures(cert, manifest, counts, workers):
+def _check_pictures(cert, manifest, counts):
     "Look-alikes across sides"
     search = dict(hamming=max(SEARCH["hamming"], cert.parameters["hamming"]),
                   correlation=min(SEARCH["correlation"], cert.parameters["correlation"]))
-    candidates, found = _crossings(manifest, cert.assignment, search, workers)
+    candidates, found = _crossings(manifest, cert.assignment, search)
     counts |= dict(files=len(cert.assignment), candidates_across=len(candidates), edges_across=len(found),
                    files_with_twin_across=len({p for pair in found for p in pair}))
     if cert.kind == "published":
@@ -636,12 +643,14 @@ def verify_certificate(
     counts = {}
     try:
         if not isinstance(cert, Certificate): cert = Certificate.load(cert)
-        manifest = build_manifest(Path(root), source=cert.source, workers=workers, progress=False)
+        thorough = cert.parameters.get("depth") == "thorough"
+        see = partial(_see, look=look_at("thorough") if thorough else None)
+        with threadpool_limits(1, "blas"):
+            manifest = build_manifest(Path(root), source=cert.source, workers=workers, progress=False, look=see)
         reasons = list(_check_files(cert, manifest))
         if not reasons:
             reasons = [r for check in (_check_groups, _check_rule) for r in check(cert, manifest)]
-            reasons += _check_pictures(cert, manifest, counts, workers)
-            if cert.parameters.get("depth") == "thorough":
-                reasons += _check_registered(cert, manifest, counts, workers)
+            reasons += _check_pictures(cert, manifest, counts)
+            if thorough: reasons += _check_registered(cert, manifest, counts)
     except PhoenixError as e: return Verification(False, [str(e)], counts)
     return Verification(not reasons, reasons, counts)
