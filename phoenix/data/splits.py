@@ -484,15 +484,19 @@ _COSINES = np.cos(np.pi/64*np.outer(np.arange(8), 2*np.arange(32) + 1)) # 8 lowe
 
 
 def _view_bits(small):
-    "Hash bits `(16,64)` of the views of a 32×32 picture, as ±1: the transform as two matrix products"
-    flat = (_COSINES @ _pillow_views(small) @ _COSINES.T).reshape(16, 64)
-    return np.where(flat > np.median(flat, axis=1, keepdims=True), 1., -1.).astype("float32")
+    "Hash bits `(N,16,64)` of the views of pictures `(N,32,32)`, as ±1: the transform as two matrix products"
+    turned = [np.rot90(base, k, axes=(1, 2)) for base in (small, small[..., ::-1]) for k in range(4)]
+    turned = np.stack(turned, axis=1).astype(float)
+    turned = np.concatenate([turned, 255 - turned], axis=1)
+    rows = (turned.reshape(-1, 32) @ _COSINES.T).reshape(-1, 32, 8).swapaxes(1, 2)
+    flat = (rows.reshape(-1, 32) @ _COSINES.T).reshape(-1, 8, 8).swapaxes(1, 2).reshape(-1, 16, 64)
+    return np.where(flat > np.median(flat, axis=-1, keepdims=True), 1., -1.).astype("float32")
 
 # %% ../../nbs/15_data.splits.ipynb #20052d1d
 class _Sight(NamedTuple):
     "What the verifier keeps of one picture"
     upright:np.ndarray # float32 `(64,)`, hash bits as ±1
-    views:np.ndarray # float32 `(16,64)`, those of all views
+    small:np.ndarray # uint8 `(32,32)`
     thumb:Image.Image # 64×64
     look:Look|None # for registration, which is searched again
 
@@ -502,7 +506,7 @@ def _see(grey, look=None):
     image = Image.fromarray(to_uint8(grey))
     small, thumb = image.resize((32, 32), Image.Resampling.LANCZOS), image.resize((64, 64), Image.Resampling.BILINEAR)
     upright = np.where(imagehash.phash(small).hash.ravel(), 1., -1.).astype("float32")
-    return _Sight(upright, _view_bits(small), thumb, look(grey) if look else None)
+    return _Sight(upright, np.asarray(small), thumb, look(grey) if look else None)
 
 # %% ../../nbs/15_data.splits.ipynb #391cb82c
 def _alike(one, two, views, threshold):
@@ -513,13 +517,13 @@ def _alike(one, two, views, threshold):
 
 # %% ../../nbs/15_data.splits.ipynb #1bba5b87
 def _lookalikes(one, two, hamming, threshold):
-    "Pairs (row of one, row of two, confirmed) of two sides' (pixel hash, sight), the views taken of `one`"
+    "Pairs (row of one, row of two, confirmed) of two sides' (pixel hash, sight, views), the views taken of `one`"
     if not one or not two: return
-    words, same = np.stack([x.upright for _, x in two], axis=1), {}
-    for k, (pixels, x) in enumerate(two):
+    words, same = np.stack([x.upright for _, x, _ in two], axis=1), {}
+    for k, (pixels, x, _) in enumerate(two):
         if np.ptp(np.asarray(x.thumb)): same.setdefault(pixels, set()).add(k)
-    for i, (pixels, x) in enumerate(one):
-        view, j = np.nonzero(x.views @ words >= 64 - 2*hamming)
+    for i, (pixels, x, views) in enumerate(one):
+        view, j = np.nonzero(views @ words >= 64 - 2*hamming)
         equal = same.get(pixels, set())
         for k in sorted(equal | set(j.tolist())):
             yield i, k, k in equal or _alike(x.thumb, two[k][1].thumb, view[j == k], threshold)
@@ -528,7 +532,8 @@ def _lookalikes(one, two, hamming, threshold):
 def _crossings(manifest, assignment, search):
     "Candidate and confirmed pairs between files of different sides, from what `_see` saw of them"
     rows = manifest.readable.set_index("path").pixels_sha256.loc[sorted(assignment)]
-    seen = {p: (sha, manifest.looks[sha]) for p, sha in rows.items()}
+    seen = _with_views(manifest.looks)
+    seen = {p: (sha, *seen[sha]) for p, sha in rows.items()}
     sides = {s: [p for p in rows.index if assignment[p] == s] for s in sorted(set(assignment.values()))}
     candidates, found = set(), set()
     for s, t in combinations(sides, 2):
@@ -539,6 +544,14 @@ def _crossings(manifest, assignment, search):
                 candidates.add(pair)
                 if sure: found.add(pair)
     return candidates, found
+
+# %% ../../nbs/15_data.splits.ipynb #15eaf40e
+def _with_views(looks, block=128):
+    "Each sight with the hash bits of its views"
+    keys, sights = list(looks), list(looks.values())
+    parts = [np.stack([x.small for x in sights[k:k + block]]) for k in range(0, len(sights), block)]
+    views = [v for part in parts for v in _view_bits(part)]
+    return dict(zip(keys, zip(sights, views)))
 
 # %% ../../nbs/15_data.splits.ipynb #25156dc1
 def _check_files(cert, manifest):
