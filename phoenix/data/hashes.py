@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -227,8 +228,9 @@ def hash_files(
     files = list(files)
     small, shas, problems = np.zeros((len(files), 32, 32), np.uint8), [], {}
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-        read = pool.map(lambda f: _read_small(f, max_megapixels), files)
-        for k, (sha, picture, problem) in enumerate(tqdm(read, total=len(files), unit="image", disable=not progress)):
+        some = pool.map(lambda k: [_read_small(f, max_megapixels) for f in files[k:k + 8]], range(0, len(files), 8))
+        read = tqdm(chain.from_iterable(some), total=len(files), unit="image", disable=not progress)
+        for k, (sha, picture, problem) in enumerate(read):
             shas.append(sha)
             if problem: problems[k] = problem
             else: small[k] = picture
