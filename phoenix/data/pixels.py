@@ -283,15 +283,15 @@ def _unreadable(e, data, format, max_megapixels):
 
 def _decode(data, format, max_megapixels):
     "Open, refuse or convert; the decoder's own exceptions come out as they are"
-    end = _jpeg_end(data) if format == "JPEG" else 0
-    with Image.open(io.BytesIO(_open_ended(data, end)), formats=[format]) as im:
+    source = _open_ended(data, _jpeg_end(data)) if format == "JPEG" else data
+    with Image.open(io.BytesIO(source), formats=[format]) as im:
         bits = _bits(im, data)
         _refuse(im, bits, max_megapixels)
         mode, turned = im.mode, im.getexif().get(0x0112, 1) in range(2, 9)
         inverted = format == "TIFF" and bits > 8 and im.tag_v2.get(262) == 0
         if format == "TIFF": _check_strips(im, data)
         if format == "PNG": _check_rows(im.size, data)
-        bright = bool(end) and mode == "RGB" and _has_no_colour(data)
+        bright = mode == "RGB" and format == "JPEG" and _has_no_colour(data)
         if bright: im.draft("L", None)
         im.load()
         grey, rule = _luma(ImageOps.exif_transpose(im) if turned else im, bits, inverted)
