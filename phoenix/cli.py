@@ -233,9 +233,10 @@ def data_patients(
     "Try a rule that says who is in each file"
     from phoenix.data.acquire import build_manifest, keep_patients
     from phoenix.data.patients import preview_patients
-    rule, manifest = _rule(patients, hash_patients), build_manifest(folder)
+    rule = _rule(patients, hash_patients)
+    manifest = keep_patients(folder, rule) if write else build_manifest(folder)
     seen = preview_patients(rule, list(manifest.table.path))
-    kept = keep_patients(folder, rule).root/"patients.csv" if write else None
+    kept = manifest.root/"patients.csv" if write else None
     facts = dict(rule=seen.rule, files=seen.files, named=seen.named, folded=seen.folded, patients=seen.patients,
                  largest=seen.largest, unmatched=list(seen.unmatched), unused=seen.unused, written=str(kept or ""))
     return Reply(facts, f"{seen}\n" + (f"kept in {kept}" if kept else "nothing was written: --write keeps it"))
@@ -270,10 +271,9 @@ def data_duplicates(
     output:Path|None=None, # also write all pairs as CSV to this file
 )->Reply: # pairs by kind, and what leaks from Testing into Training
     "Find copies: bytes, pixels, near-duplicates in any flip, turn or inversion"
-    from phoenix.data.acquire import build_manifest
-    from phoenix.data.duplicates import find_pairs, leak_counts
+    from phoenix.data.duplicates import find_pairs, leak_counts, scan
     from phoenix.records import write_text
-    manifest = build_manifest(folder)
+    manifest = scan(folder, depth=depth)
     pairs = find_pairs(manifest, depth=depth, hamming=hamming)
     if output: write_text(output, pairs.to_csv(index=False))
     kinds = pairs.groupby(["kind", "confirmed"]).size().rename("pairs").reset_index().to_dict("records")
@@ -321,12 +321,11 @@ def data_shortcuts(
     output:Path|None=None, # also write the table as CSV to this file
 )->Reply: # one row a probe; code 1 when one is red
     "Guess the label from size, encoder, border, background and skull"
-    from phoenix.data.acquire import build_manifest
-    from phoenix.data.duplicates import find_pairs
+    from phoenix.data.duplicates import find_pairs, scan
     from phoenix.data.shortcuts import probe_table, run_probes
     from phoenix.data.splits import unit_rows
     from phoenix.records import write_text
-    manifest = build_manifest(folder)
+    manifest = scan(folder)
     probes = probe_table(run_probes(manifest, groups=unit_rows(manifest, find_pairs(manifest)), split=split or None))
     if output: write_text(output, probes.to_csv(index=False))
     rows, red = probes.to_dict("records"), int(probes.red.sum())
@@ -345,10 +344,9 @@ def split_make(
     seed:int=42, # root of the draw
 )->Reply: # counts by part and class; refused when a group would cross
     "Split by patient and duplicate group, and certify that nothing crosses"
-    from phoenix.data.acquire import build_manifest
-    from phoenix.data.duplicates import find_pairs
+    from phoenix.data.duplicates import find_pairs, scan
     from phoenix.data.splits import make_split
-    manifest, s = build_manifest(folder), load_settings(seed=seed)
+    manifest, s = scan(folder), load_settings(seed=seed)
     cert = make_split(manifest, find_pairs(manifest), rule=rule, fractions=s.fractions, n=s.folds, fold=fold, seed=seed,
                       test_folds=tuple(int(x) for x in test_folds.replace(",", " ").split()), valid=s.fractions[1])
     cert.save(output)

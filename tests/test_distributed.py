@@ -7,7 +7,7 @@ import pytest
 
 from phoenix.data.acquire import AcquireError
 from phoenix.data.distributed import DistributedError, cluster_map, scan_distributed
-from phoenix.data.duplicates import cluster, find_pairs, scan
+from phoenix.data.duplicates import cluster, find_pairs, scan, signatures
 from phoenix.data.phantom import Faults, make_phantom
 from phoenix.data.splits import make_split, verify_certificate
 
@@ -29,8 +29,8 @@ def client(tmp_path_factory):
         with distributed.Client(local) as client: yield client
 
 
-def job(manifest, marks):
-    pairs = find_pairs(manifest, marks=marks, progress=False)
+def job(manifest):
+    pairs = find_pairs(manifest, progress=False)
     return cluster(manifest.readable.path, pairs), make_split(manifest, pairs)
 
 
@@ -50,13 +50,15 @@ def test_a_worker_killed_on_the_way_changes_nothing(root, client, monkeypatch):
             yield result
 
     monkeypatch.setattr(module, "cluster_map", murderous)
-    manifest, marks = scan_distributed(root, client, progress=False)
+    manifest = scan_distributed(root, client, progress=False)
     assert len(killed) == 1 and killed[0] not in client.run(os.getpid).values()
-    here, own = scan(root, progress=False)
+    here = scan(root, progress=False)
     assert manifest.table.equals(here.table) and manifest.sha256 == here.sha256
     assert (manifest.table.problem != "").any(), "unreadable files are part of the job"
+    marks, own = (signatures(m, progress=False) for m in (manifest, here))
     assert marks.paths == own.paths and (marks.hashes == own.hashes).all() and (marks.thumbs == own.thumbs).all()
-    (far, proof), (near, same) = job(manifest, marks), job(here, own)
+    assert manifest.looks.keys() == here.looks.keys()
+    (far, proof), (near, same) = job(manifest), job(here)
     assert far == near and proof.sha256 == same.sha256
     assert verify_certificate(proof, root).ok
 

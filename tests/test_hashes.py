@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phoenix.data import hashes
+from phoenix.data import hashes, pixels
 from phoenix.data.acquire import build_manifest
-from phoenix.data.duplicates import find_pairs, scan, signatures
+from phoenix.data.audit import audit
+from phoenix.data.duplicates import find_pairs, look_at, scan, signatures
 from phoenix.data.hashes import VIEWS, _plan, hash_files, hash_thumbnails, is_flat, phash, thumbnail, turn, view_hashes
-from phoenix.data.phantom import phantom_slice
+from phoenix.data.overlap import union
+from phoenix.data.phantom import make_phantom, phantom_slice
+from phoenix.data.splits import make_split, verify_certificate
 from phoenix.keys import rng
 
 FILTERS = ((32, Image.Resampling.LANCZOS), (64, Image.Resampling.BILINEAR), (32, Image.Resampling.BOX))
@@ -97,9 +100,9 @@ def test_flat_pictures_are_flagged_and_others_are_not():
 def test_flat_pictures_join_nothing(tmp_path):
     for k in range(40): Image.fromarray(np.full((60 + k, 64), 5*k, np.uint8)).save(folder(tmp_path) / f"{k:02}.png")
     Image.fromarray(phantom_slice("glioma", 1, 2).image).save(folder(tmp_path) / "head.png")
-    manifest, marks = scan(tmp_path, progress=False)
-    assert len(marks) == 41
-    assert not len(find_pairs(manifest, marks=marks, progress=False))
+    manifest = scan(tmp_path, progress=False)
+    assert len(manifest.looks) == 41
+    assert not len(find_pairs(manifest, progress=False))
 
 
 def folder(root):
@@ -131,9 +134,63 @@ def test_one_pass_is_two_passes(tmp_path):
         Image.fromarray(phantom_slice(label, k, 2).image).save(folder(tmp_path) / f"{k}.png")
         Image.fromarray(phantom_slice(label, k, 2).image).save(folder(tmp_path) / f"{k}.bmp")
     (tmp_path / "yes/broken.png").write_text("<html>")
-    manifest, marks = scan(tmp_path, progress=False)
-    plain = build_manifest(tmp_path, progress=False)
-    two = signatures(plain, progress=False)
+    manifest, plain = scan(tmp_path, progress=False), build_manifest(tmp_path, progress=False)
+    marks, two = (signatures(m, progress=False) for m in (manifest, plain))
     assert manifest.table.equals(plain.table) and marks.paths == two.paths and len(marks) == 2
     assert (marks.hashes == two.hashes).all() and (marks.thumbs == two.thumbs).all()
     assert len(VIEWS) == marks.hashes.shape[1]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    "How many pictures were decoded since it was last emptied"
+    seen, decode = [], pixels._decode
+    monkeypatch.setattr(pixels, "_decode", lambda *a: seen.append(1) or decode(*a))
+    return seen
+
+
+def times(decoded):
+    "The count, and begin anew"
+    n = len(decoded)
+    decoded.clear()
+    return n
+
+
+@pytest.mark.parametrize("depth", ["fast", "thorough"])
+def test_a_job_decodes_each_file_once_and_its_verifier_once(tmp_path, decoded, depth):
+    make_phantom(tmp_path / "set", patients=16, slices=2, size=64)
+    times(decoded)
+    manifest = scan(tmp_path / "set", depth=depth, progress=False)
+    audit(manifest)
+    certificate = make_split(manifest, find_pairs(manifest, depth=depth, progress=False), fractions=(.6, 0, .4))
+    assert times(decoded) == len(manifest.table) == 32
+    assert verify_certificate(certificate, tmp_path / "set").ok and times(decoded) == 32
+
+
+def test_a_folder_that_is_acquired_is_decoded_once(tmp_path, decoded):
+    options = dict(patients=6, slices=2, size=64, progress=False)
+    first = scan("phantom", tmp_path / "set", **options)
+    assert times(decoded) == len(first.looks) == 12
+    again = scan("phantom", tmp_path / "set", **options)
+    assert len(find_pairs(again, progress=False)) == len(find_pairs(first, progress=False)) and times(decoded) == 12
+
+
+def test_looks_that_do_not_go_deep_enough_are_made_anew(tmp_path, decoded):
+    make_phantom(tmp_path / "set", patients=6, slices=2, size=64)
+    plain = build_manifest(tmp_path / "set", look=np.mean, progress=False)
+    shallow = build_manifest(tmp_path / "set", look=look_at("fast"), progress=False)
+    times(decoded)
+    want = signatures(plain, depth="thorough", progress=False)
+    assert times(decoded) == 12 == len(want.portraits)
+    shallow.looks.pop(shallow.table.pixels_sha256[0])
+    assert (signatures(shallow, progress=False).hashes == want.hashes).all() and times(decoded) == 1
+    assert len(signatures(shallow, depth="thorough", progress=False).portraits) == 12 == times(decoded)
+
+
+def test_a_union_keeps_what_was_seen_of_its_sets(tmp_path, decoded):
+    for k, name in enumerate(("one", "two")): make_phantom(tmp_path / name, patients=4, slices=2, size=64, seed=k)
+    sets = {name: scan(tmp_path / name, progress=False) for name in ("one", "two")}
+    whole = union(sets, tmp_path / "both")
+    times(decoded)
+    find_pairs(whole, progress=False)
+    assert times(decoded) == 0

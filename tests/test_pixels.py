@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from phoenix.data import pixels
 from phoenix.data.pixels import FORMATS, KINDS, PixelError, pixels_sha256, read_pixels
 from phoenix.settings import PhoenixError
 
@@ -179,6 +180,61 @@ def test_colour_is_pillows_luma():
         np.testing.assert_array_equal(read_pixels(data).grey, want)
     cmyk = encoded(rgb, "TIFF", "CMYK")
     np.testing.assert_array_equal(read_pixels(cmyk).grey, np.asarray(Image.open(io.BytesIO(cmyk)).convert("RGB").convert("L")))
+
+
+def fitted(grey, **options):
+    "A grey picture stored in colour, with Huffman tables fitted to it"
+    return encoded(grey, "JPEG", "RGB", optimize=True, **options)
+
+
+def by_pillow(data): return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+
+
+@pytest.mark.parametrize("options", [dict(subsampling=0), dict(subsampling=1, quality=30), dict(subsampling=2, quality=98),
+                                     dict(restart_marker_blocks=2), dict(quality=60, comment=b"\xff\xc4 is no table")])
+def test_a_header_that_proves_grey_changes_no_value(options):
+    for grey in (RAMP, SQUARE, NOISE, NOISE[:7, :9], np.full((16, 8), 255, "uint8")):
+        data = fitted(grey, **options)
+        assert pixels._has_no_colour(data)
+        p = read_pixels(data)
+        np.testing.assert_array_equal(p.grey, by_pillow(data))
+        assert (p.mode, p.conversion) == ("RGB", "luma")
+
+
+def test_a_header_that_proves_nothing_is_not_believed():
+    data, adobe = fitted(NOISE), b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0" # channels are red, green and blue
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    jfif = data[4:20]
+    bare = data.replace(b"\xff\xe0" + data[4:20], b"", 1)
+    named = bytearray(bare)
+    for at, step in ((bare.index(b"\xff\xc0") + 10, 3), (bare.index(b"\xff\xda") + 5, 2)):
+        named[at:at + 3*step:step] = b"RGB"
+    assert data[frame + 10:frame + 19:3] == data[scan + 5:scan + 11:2] == b"\1\2\3" and jfif[2:6] == b"JFIF"
+    more = b"\xff\xc4\0\x15\x11\1\1" + bytes(14) + b"\0\1" # one more colour coefficient has a code
+    tinted = np.dstack([NOISE]*3)
+    tinted[:8, :8, 0] //= 2
+    doubted = [bare[:2] + adobe + bare[2:], bytes(named), data[:scan] + more + data[scan:], encoded(tinted, "JPEG", optimize=True),
+               encoded(NOISE, "JPEG", "RGB"), fitted(NOISE, progressive=True), encoded(NOISE, "JPEG", optimize=True)]
+    assert not any(pixels._has_no_colour(d) for d in doubted[:-2] + doubted[-1:])
+    for d in doubted: np.testing.assert_array_equal(read_pixels(d).grey, by_pillow(d))
+    assert (read_pixels(doubted[0]).grey != read_pixels(data).grey).any() and pixels._has_no_colour(bare)
+
+
+def test_damage_has_the_same_end_with_and_without_the_proof(monkeypatch):
+    "Mutants of files that are decoded for their brightness end as they do when all channels are decoded"
+    g, believe, ends = np.random.Generator(np.random.Philox(11)), pixels._has_no_colour, []
+    def end(data):
+        try: return pixels_sha256(read_pixels(data).grey)
+        except PixelError as e: return e.kind
+    for k in range(300):
+        data = bytearray(fitted((RAMP, SQUARE, NOISE)[k % 3], subsampling=k % 2*2))
+        start = data.index(b"\xff\xda") if k % 4 else 2
+        for at in g.integers(start, len(data), 1 + k % 3): data[at] = g.integers(0, 256)
+        monkeypatch.setattr(pixels, "_has_no_colour", believe)
+        ends.append((believe(data), end(data)))
+        monkeypatch.setattr(pixels, "_has_no_colour", lambda data: False)
+        assert end(data) == ends[-1][1], k
+    assert sum(proven and len(e) == 64 for proven, e in ends) > 50 and sum(len(e) < 64 for _, e in ends) > 20
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

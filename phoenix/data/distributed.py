@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .acquire import Manifest
-from .duplicates import Signatures, scan
+from .duplicates import scan
 from ..settings import PhoenixError
 
 # %% ../../nbs/15b_data.distributed.ipynb #a8a82e62
@@ -93,10 +93,9 @@ def scan_distributed(
     client:Any, # a `distributed.Client`, or the address of a scheduler
     *,
     batch:int=64, # pictures in one task
-    **options, # of `read_folder`: source, progress, max_megapixels
-)->tuple[Manifest,Signatures]: # exactly what `scan` gives
-    "The manifest of a folder and the signatures of its pictures, decoded by a cluster"
+    **options, # of `build_manifest`: source, progress, max_megapixels
+)->Manifest: # exactly what `scan` gives
+    "The manifest of a folder and what the search for copies needs, decoded by a cluster"
     client, root = _connect(client), Path(root).absolute()
     if root.is_dir(): check_workers(client, root)
-    manifest, marks = scan(root, mapper=partial(cluster_map, client, batch=batch), **options)
-    return manifest, marks
+    return scan(root, mapper=partial(cluster_map, client, batch=batch), **options)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,18 +84,19 @@ def _bands(table, width=8):
         yield low, high, np.ascontiguousarray(table[low:high, k:k + width])
 
 # %% ../../nbs/13a_data.hashes.ipynb #1f835806
-def _shrink_columns(grey, bands):
-    "One pass: float64 `(H,W)` of whole grey levels to `(H,side)`, rounded and clipped as Pillow does"
-    out = np.concatenate([grey[:, low:high] @ block for low, high, block in bands], axis=1)
+def _shrink_once(grey, bands, axis):
+    "One pass along an axis of float64 whole grey levels `(H,W)`, rounded and clipped as Pillow does"
+    if axis: parts = [grey[:, low:high] @ block for low, high, block in bands]
+    else: parts = [block.T @ grey[low:high] for low, high, block in bands]
+    out = np.concatenate(parts, axis=axis)
     out += .5
     return np.clip(np.floor(out, out=out), 0, 255, out=out)
 
 
 def _shrink(grey, bands, down_first):
     "Both passes over a square picture"
-    grey = grey.astype(float)
-    if down_first: return _shrink_columns(_shrink_columns(grey.T, bands).T, bands).astype(np.uint8)
-    return _shrink_columns(_shrink_columns(grey, bands).T, bands).T.astype(np.uint8)
+    first = _shrink_once(grey.astype(float), bands, 0 if down_first else 1)
+    return _shrink_once(first, bands, 1 if down_first else 0).astype(np.uint8)
 
 
 @lru_cache(64)
@@ -123,38 +125,47 @@ def thumbnail(
 # %% ../../nbs/13a_data.hashes.ipynb #f132170d
 def _low(small):
     "The 8×8 lowest frequencies of `(...,32,32)` thumbnails"
-    return dct(dct(small.astype(float), axis=-2), axis=-1)[..., :8, :8]
+    return dct(dct(small.astype(float), axis=-2)[..., :8, :], axis=-1)[..., :8]
 
 
-def _pack(low):
-    "Bits above the median of the 64 frequencies, row by row, first bit highest"
-    flat = low.reshape(*low.shape[:-2], 64)
-    bits = flat > np.median(flat, axis=-1, keepdims=True)
-    return np.packbits(bits, axis=-1).view(">u8")[..., 0].astype(np.uint64)
+def _bits(low):
+    "Which of the 64 frequencies `(...,8,8)` lie above their median"
+    middle = np.sort(low.reshape(*low.shape[:-2], 64), axis=-1)[..., 31:33]
+    return low > middle.mean(axis=-1)[..., None, None]
+
+
+def _pack(bits):
+    "64 bits as one word, row by row, first bit highest"
+    return np.packbits(bits.reshape(*bits.shape[:-2], 64), axis=-1).view(">u8")[..., 0].astype(np.uint64)
 
 
 def phash(
     grey:np.ndarray, # `(H,W)`, uint8 or uint16
 )->np.uint64: # 64 bits
     "The 8×8 perceptual hash, equal to `imagehash.phash`"
-    return _pack(_low(thumbnail(grey, 32)))[()]
+    return _pack(_bits(_low(thumbnail(grey, 32))))[()]
 
 # %% ../../nbs/13a_data.hashes.ipynb #ad47f646
+_ODD = (-1.)**np.arange(8)
+_SIGNS = np.stack([np.ones((8, 8)), np.tile(_ODD, (8, 1)), np.tile(_ODD[:, None], 8), np.outer(_ODD, _ODD)])
+_MADE = (0, 1, 3, 2, 1, 0, 2, 3) # pattern of each turn, the odd turns transposed
+
+
+def _all_views(low):
+    "The hash of each view `(...,16)` from frequencies `(...,8,8)`"
+    plain = low[..., None, :, :]*_SIGNS
+    inverted = -plain
+    inverted[..., 0, 0] += 4*32*32*255
+    bits = _bits(np.stack([plain, inverted], axis=-4))
+    words = np.stack([_pack(bits), _pack(bits.swapaxes(-1, -2))], axis=-1)
+    return words[..., _MADE, (0, 1)*4].reshape(*low.shape[:-2], 16)
+
+
 def thumbnail_hashes(
     small:np.ndarray, # uint8 `(...,32,32)`, from `thumbnail`
 )->np.ndarray: # uint64 `(...,16)`, in the order of `VIEWS`
     "The hash of each view of 32×32 thumbnails"
-    sign, low, views = (-1.)**np.arange(8), _low(small), []
-    for inverted in (False, True):
-        for mirrored in (False, True):
-            d = low*sign if mirrored else low.copy()
-            if inverted:
-                d = -d
-                d[..., 0, 0] += 4*32*32*255
-            for _ in range(4):
-                views.append(_pack(d))
-                d = sign[:, None]*d.swapaxes(-1, -2)
-    return np.stack(views, axis=-1)
+    return _all_views(_low(small))
 
 
 def view_hashes(
@@ -164,22 +175,26 @@ def view_hashes(
     return thumbnail_hashes(thumbnail(grey, 32))
 
 # %% ../../nbs/13a_data.hashes.ipynb #af70830a
+def _few(low): return (np.abs(low.reshape(*low.shape[:-2], 64)[..., 1:]) > 1e-6).sum(axis=-1) <= 7
+
+
 def is_flat(
     small:np.ndarray, # uint8 `(...,32,32)`, from `thumbnail`
 )->np.ndarray: # bool `(...)`
     "Whether a picture's hash says nothing: at most 7 of its 63 frequencies beside the mean differ from zero"
-    low = _low(small).reshape(*small.shape[:-2], 64)
-    return (np.abs(low[..., 1:]) > 1e-6).sum(axis=-1) <= 7
+    return _few(_low(small))
 
 # %% ../../nbs/13a_data.hashes.ipynb #9ffb43cc
 def hash_thumbnails(
     small:np.ndarray, # uint8 `(N,32,32)`, from `thumbnail`
-    block:int=1024, # pictures transformed at once
+    block:int=128, # pictures transformed at once
 )->tuple[np.ndarray,np.ndarray]: # uint64 `(N,16)` in the order of `VIEWS`; bool `(N,)`, see `is_flat`
     "Hashes and flags of many thumbnails in bounded memory"
-    parts = [small[k:k + block] for k in range(0, len(small), block)]
-    hashes = [np.zeros((0, 16), np.uint64), *(thumbnail_hashes(x) for x in parts)]
-    return np.concatenate(hashes), np.concatenate([np.zeros(0, bool), *(is_flat(x) for x in parts)])
+    hashes, flat = np.zeros((len(small), 16), np.uint64), np.zeros(len(small), bool)
+    for k in range(0, len(small), block):
+        low = _low(small[k:k + block])
+        hashes[k:k + block], flat[k:k + block] = _all_views(low), _few(low)
+    return hashes, flat
 
 # %% ../../nbs/13a_data.hashes.ipynb #ceedd70e
 @dataclass(frozen=True)
@@ -213,8 +228,9 @@ def hash_files(
     files = list(files)
     small, shas, problems = np.zeros((len(files), 32, 32), np.uint8), [], {}
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-        read = pool.map(lambda f: _read_small(f, max_megapixels), files)
-        for k, (sha, picture, problem) in enumerate(tqdm(read, total=len(files), unit="image", disable=not progress)):
+        some = pool.map(lambda k: [_read_small(f, max_megapixels) for f in files[k:k + 8]], range(0, len(files), 8))
+        read = tqdm(chain.from_iterable(some), total=len(files), unit="image", disable=not progress)
+        for k, (sha, picture, problem) in enumerate(read):
             shas.append(sha)
             if problem: problems[k] = problem
             else: small[k] = picture

@@ -10,7 +10,7 @@ __all__ = ['TUMOURS', 'WAYS', 'OverlapError', 'link_set', 'read_set', 'union', '
 
 # %% ../../nbs/15a_data.overlap.ipynb #dac027b8
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,12 +40,13 @@ def link_set(
     folder:Path, # new or empty; gets manifest.csv and a link called 'files'
     *,
     source:str|None=None, # name of the set; that of `root` when None
+    look:Callable|None=None, # is shown each grey picture, see `build_manifest`
 )->Manifest: # of `folder`
     "Describe a folder by a table of one's own, without touching it"
     if not {"file", "label"} <= set(rows): raise OverlapError(f"rows must have the columns file and label, got "
                                                               f"{', '.join(map(str, rows))}; rename them")
     _fill(Path(folder), rows.assign(file="files/" + rows.file.astype(str)), dict(files=Path(root)))
-    return build_manifest(folder, source=source or Path(root).name, progress=False)
+    return build_manifest(folder, source=source or Path(root).name, progress=False, look=look)
 
 
 def _fill(folder, rows, links):
@@ -63,15 +64,17 @@ def _fill(folder, rows, links):
 def read_set(
     root:Path, # folder of a set, only read
     folder:Path, # new or empty; used where the set's table speaks of masks
+    *,
+    look:Callable|None=None, # is shown each grey picture, see `build_manifest`
     progress:bool=False, # a bar while pictures are decoded
 )->Manifest: # of `root`, or of `folder`, which links to it
     "Manifest of a set; one for segmentation, whose table counts tumour pixels, becomes slices with a tumour and without"
     table = Path(root)/"manifest.csv"
     t = pd.read_csv(table, dtype=str, keep_default_na=False) if table.is_file() else pd.DataFrame()
-    if not {"image", "patient", "tumour_pixels"} <= set(t): return build_manifest(root, progress=progress)
+    if not {"image", "patient", "tumour_pixels"} <= set(t): return build_manifest(root, progress=progress, look=look)
     label = np.where(t.tumour_pixels.astype(int) > 0, "tumor", "no_tumor")
     rows = pd.DataFrame(dict(file=t.image, label=label, patient=t.patient, source=t.get("institution", "")))
-    return link_set(root, rows, folder)
+    return link_set(root, rows, folder, look=look)
 
 # %% ../../nbs/15a_data.overlap.ipynb #98d7637d
 def _named(name, manifest, first):
@@ -113,7 +116,8 @@ def union(
     if grain == "tumour": rows["label"] = rows.label.replace(dict.fromkeys(TUMOURS, "tumor"))
     _fill(Path(folder), rows, {n: Path(m.root) for n, m in manifests.items()})
     made = build_manifest(folder, source=" + ".join(manifests), workers=workers, progress=False)
-    return replace(made, synthetic=any(m.synthetic for m in manifests.values()))
+    looks = {sha: x for m in manifests.values() for sha, x in m.looks.items()}
+    return replace(made, synthetic=any(m.synthetic for m in manifests.values()), looks=looks)
 
 
 def set_of(

@@ -145,10 +145,38 @@ def _jpeg_end(data):
     return 0
 
 # %% ../../nbs/10_data.pixels.ipynb #08760a5b
-def _open_ended(data, format):
-    "A JPEG whose decoder must find all its pixels before the data end; others as they are"
-    end = _jpeg_end(data) if format == "JPEG" else 0
+def _open_ended(data, end):
+    "A JPEG whose decoder must find all its pixels before the data end, where the end is known"
     return data[:end] + b"\xff\0" * 16 if end else data
+
+# %% ../../nbs/10_data.pixels.ipynb #ca587e12
+def _segments(data):
+    "Marker and body of each segment of a JPEG up to its first scan"
+    at, kind = 2, 0
+    while kind != 0xDA and at + 4 <= len(data) and data[at] == 255:
+        kind = data[at + 1]
+        end = at + 1 if kind == 255 else at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
+        if kind != 255: yield kind, data[at + 4:end]
+        at = end
+
+def _symbols(body):
+    "Class and number of each Huffman table of a segment, and what it has codes for"
+    while len(body) > 16:
+        n = 17 + sum(body[1:17])
+        yield body[0], body[17:n]
+        body = body[n:]
+
+def _has_no_colour(data):
+    "Whether the header of a JPEG proves that its colour channels hold nothing"
+    frame, scan, tables = b"", b"", {}
+    for kind, body in _segments(data):
+        if kind == 0xC4: tables.update(_symbols(body))
+        if kind in (0xC0, 0xC1): frame = body
+        if kind == 0xDA: scan = body
+        if kind == 0xEE: return False # a note by Adobe may say that the channels are others
+    if len(frame) != 15 or frame[0] != 8 or frame[6::3] != b"\1\2\3": return False
+    if len(scan) != 10 or scan[1:7:2] != b"\1\2\3": return False
+    return all(tables.get(t) == b"\0" for pair in (scan[4], scan[6]) for t in (pair >> 4, 16 + pair % 16))
 
 # %% ../../nbs/10_data.pixels.ipynb #f67f249d
 @dataclass(frozen=True)
@@ -255,15 +283,19 @@ def _unreadable(e, data, format, max_megapixels):
 
 def _decode(data, format, max_megapixels):
     "Open, refuse or convert; the decoder's own exceptions come out as they are"
-    with Image.open(io.BytesIO(_open_ended(data, format)), formats=[format]) as im:
+    source = _open_ended(data, _jpeg_end(data)) if format == "JPEG" else data
+    with Image.open(io.BytesIO(source), formats=[format]) as im:
         bits = _bits(im, data)
         _refuse(im, bits, max_megapixels)
         mode, turned = im.mode, im.getexif().get(0x0112, 1) in range(2, 9)
         inverted = format == "TIFF" and bits > 8 and im.tag_v2.get(262) == 0
         if format == "TIFF": _check_strips(im, data)
         if format == "PNG": _check_rows(im.size, data)
+        bright = mode == "RGB" and format == "JPEG" and _has_no_colour(data)
+        if bright: im.draft("L", None)
         im.load()
         grey, rule = _luma(ImageOps.exif_transpose(im) if turned else im, bits, inverted)
+        if bright: rule = "luma"
     return Pixels(np.ascontiguousarray(grey), grey.shape[1], grey.shape[0], mode, bits, format,
                   rule + (", orientation applied" if turned else ""), turned)
 

@@ -10,14 +10,13 @@ __all__ = ['SEARCH', 'SplitError', 'group_rows', 'unit_rows', 'plot_components',
            'make_split', 'plot_split', 'Verification', 'verify_certificate']
 
 # %% ../../nbs/15_data.splits.ipynb #261239f0
-import io
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imagehash
 import matplotlib.pyplot as plt
@@ -27,11 +26,12 @@ from matplotlib.axes import Axes
 from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from threadpoolctl import threadpool_limits
 
 import phoenix
 from .acquire import Manifest, build_manifest
-from .duplicates import bonds, by_hash, cluster, find_pairs
-from .pixels import read_pixels, to_uint8
+from .duplicates import Look, bonds, by_hash, cluster, find_pairs, look_at
+from .pixels import to_uint8
 from ..keys import permutation
 from ..plots import class_colour, style
 from ..records import hash_json, read_json, write_json
@@ -501,20 +501,31 @@ _COSINES = np.cos(np.pi/64*np.outer(np.arange(8), 2*np.arange(32) + 1)) # 8 lowe
 
 
 def _view_bits(small):
-    "Hash bits `(16,64)` of the views of a 32×32 picture, as ±1: the transform as two matrix products"
-    flat = (_COSINES @ _pillow_views(small) @ _COSINES.T).reshape(16, 64)
-    return np.where(flat > np.median(flat, axis=1, keepdims=True), 1., -1.).astype("float32")
+    "Hash bits `(N,16,64)` of the views of pictures `(N,32,32)`, as ±1: the transform as two matrix products"
+    turned = [np.rot90(base, k, axes=(1, 2)) for base in (small, small[..., ::-1]) for k in range(4)]
+    turned = np.stack(turned, axis=1).astype(float)
+    turned = np.concatenate([turned, 255 - turned], axis=1)
+    rows = (turned.reshape(-1, 32) @ _COSINES.T).reshape(-1, 32, 8).swapaxes(1, 2)
+    flat = (rows.reshape(-1, 32) @ _COSINES.T).reshape(-1, 8, 8).swapaxes(1, 2).reshape(-1, 16, 64)
+    return np.where(flat > np.median(flat, axis=-1, keepdims=True), 1., -1.).astype("float32")
 
 # %% ../../nbs/15_data.splits.ipynb #20052d1d
-def _reread(file, row):
-    "Upright hash bits, those of all views, thumbnail and pixel hash of one file, from its bytes"
-    if row.conversion in ("none", "luma"): grey = Image.open(io.BytesIO(file.read_bytes())).convert("L")
-    else: grey = Image.fromarray(to_uint8(read_pixels(file).grey))
-    small = grey.resize((32, 32), Image.Resampling.LANCZOS)
+class _Sight(NamedTuple):
+    "What the verifier keeps of one picture"
+    upright:np.ndarray # float32 `(64,)`, hash bits as ±1
+    small:np.ndarray # uint8 `(32,32)`
+    thumb:Image.Image # 64×64
+    look:Look|None # for registration, which is searched again
+
+
+def _see(grey, look=None):
+    "The verifier's own view of a grey picture, which was decoded from the bytes a moment ago"
+    image = Image.fromarray(to_uint8(grey))
+    small, thumb = image.resize((32, 32), Image.Resampling.LANCZOS), image.resize((64, 64), Image.Resampling.BILINEAR)
     upright = np.where(imagehash.phash(small).hash.ravel(), 1., -1.).astype("float32")
-    return upright, _view_bits(small), grey.resize((64, 64), Image.Resampling.BILINEAR), row.pixels_sha256
+    return _Sight(upright, np.asarray(small), thumb, look(grey) if look else None)
 
-
+# %% ../../nbs/15_data.splits.ipynb #391cb82c
 def _alike(one, two, views, threshold):
     "Whether a thumbnail under one of the views correlates with another above the threshold"
     target, turned = np.asarray(two, dtype=float).ravel(), _pillow_views(one).reshape(16, -1)[views]
@@ -523,23 +534,23 @@ def _alike(one, two, views, threshold):
 
 # %% ../../nbs/15_data.splits.ipynb #1bba5b87
 def _lookalikes(one, two, hamming, threshold):
-    "Pairs (row of one, row of two, confirmed) of two sides' pictures, the views taken of `one`"
+    "Pairs (row of one, row of two, confirmed) of two sides' (pixel hash, sight, views), the views taken of `one`"
     if not one or not two: return
-    words, same = np.stack([x[0] for x in two], axis=1), {}
-    for k, x in enumerate(two):
-        if np.ptp(np.asarray(x[2])): same.setdefault(x[3], set()).add(k)
-    for i, (_, bits, thumb, pixels) in enumerate(one):
-        view, j = np.nonzero(32 - bits @ words/2 <= hamming)
+    words, same = np.stack([x.upright for _, x, _ in two], axis=1), {}
+    for k, (pixels, x, _) in enumerate(two):
+        if np.ptp(np.asarray(x.thumb)): same.setdefault(pixels, set()).add(k)
+    for i, (pixels, x, views) in enumerate(one):
+        view, j = np.nonzero(views @ words >= 64 - 2*hamming)
         equal = same.get(pixels, set())
         for k in sorted(equal | set(j.tolist())):
-            yield i, k, k in equal or _alike(thumb, two[k][2], view[j == k], threshold)
+            yield i, k, k in equal or _alike(x.thumb, two[k][1].thumb, view[j == k], threshold)
 
 
-def _crossings(manifest, assignment, search, workers):
-    "Candidate and confirmed pairs between files of different sides, from the bytes"
-    rows = manifest.table.set_index("path").loc[sorted(assignment)]
-    with ThreadPoolExecutor(workers) as pool:
-        seen = dict(zip(rows.index, pool.map(lambda r: _reread(manifest.root/r.Index, r), rows.itertuples())))
+def _crossings(manifest, assignment, search):
+    "Candidate and confirmed pairs between files of different sides, from what `_see` saw of them"
+    rows = manifest.readable.set_index("path").pixels_sha256.loc[sorted(assignment)]
+    seen = _with_views(manifest.looks)
+    seen = {p: (sha, *seen[sha]) for p, sha in rows.items()}
     sides = {s: [p for p in rows.index if assignment[p] == s] for s in sorted(set(assignment.values()))}
     candidates, found = set(), set()
     for s, t in combinations(sides, 2):
@@ -550,6 +561,14 @@ def _crossings(manifest, assignment, search, workers):
                 candidates.add(pair)
                 if sure: found.add(pair)
     return candidates, found
+
+# %% ../../nbs/15_data.splits.ipynb #15eaf40e
+def _with_views(looks, block=128):
+    "Each sight with the hash bits of its views"
+    keys, sights = list(looks), list(looks.values())
+    parts = [np.stack([x.small for x in sights[k:k + block]]) for k in range(0, len(sights), block)]
+    views = [v for part in parts for v in _view_bits(part)]
+    return dict(zip(keys, zip(sights, views)))
 
 # %% ../../nbs/15_data.splits.ipynb #25156dc1
 def _check_files(cert, manifest):
@@ -609,10 +628,11 @@ def _check_rule(cert, manifest):
         if len(other): yield f"{len(other)} files are not where rule {cert.rule!r} puts them, first {other[0]}"
 
 # %% ../../nbs/15_data.splits.ipynb #7449ffb5
-def _check_registered(cert, manifest, counts, workers):
+def _check_registered(cert, manifest, counts):
     "Pairs across sides that registration alone finds, searched again from the bytes"
     search = {k: cert.parameters[k] for k in ("hamming", "correlation", "views")}
-    again = bonds(find_pairs(manifest, depth="thorough", workers=workers, progress=False, **search))
+    deep = replace(manifest, looks={sha: x.look for sha, x in manifest.looks.items()})
+    again = bonds(find_pairs(deep, depth="thorough", progress=False, **search))
     wide = again[again.confirmed & ~by_hash(again)]
     across = wide[wide.a.map(cert.assignment).ne(wide.b.map(cert.assignment)) & wide.a.isin(cert.assignment)
                   & wide.b.isin(cert.assignment)]
@@ -626,11 +646,11 @@ def _check_registered(cert, manifest, counts, workers):
         yield f"{r.kind} pictures stand on two sides: {r.a} ({cert.assignment[r.a]}) and {r.b} ({cert.assignment[r.b]})"
 
 
-def _check_pictures(cert, manifest, counts, workers):
+def _check_pictures(cert, manifest, counts):
     "Look-alikes across sides"
     search = dict(hamming=max(SEARCH["hamming"], cert.parameters["hamming"]),
                   correlation=min(SEARCH["correlation"], cert.parameters["correlation"]))
-    candidates, found = _crossings(manifest, cert.assignment, search, workers)
+    candidates, found = _crossings(manifest, cert.assignment, search)
     counts |= dict(files=len(cert.assignment), candidates_across=len(candidates), edges_across=len(found),
                    files_with_twin_across=len({p for pair in found for p in pair}))
     if cert.kind == "published":
@@ -653,12 +673,14 @@ def verify_certificate(
     counts = {}
     try:
         if not isinstance(cert, Certificate): cert = Certificate.load(cert)
-        manifest = build_manifest(Path(root), source=cert.source, workers=workers, progress=False)
+        thorough = cert.parameters.get("depth") == "thorough"
+        see = partial(_see, look=look_at("thorough") if thorough else None)
+        with threadpool_limits(1, "blas"):
+            manifest = build_manifest(Path(root), source=cert.source, workers=workers, progress=False, look=see)
         reasons = list(_check_files(cert, manifest))
         if not reasons:
             reasons = [r for check in (_check_groups, _check_rule) for r in check(cert, manifest)]
-            reasons += _check_pictures(cert, manifest, counts, workers)
-            if cert.parameters.get("depth") == "thorough":
-                reasons += _check_registered(cert, manifest, counts, workers)
+            reasons += _check_pictures(cert, manifest, counts)
+            if thorough: reasons += _check_registered(cert, manifest, counts)
     except PhoenixError as e: return Verification(False, [str(e)], counts)
     return Verification(not reasons, reasons, counts)
