@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .artifacts import Artefact, bspline_displacement
-from .physics import (AugmentError, _grid, affine_coordinates, bias_field, elastic_displacement,
-                                  generators, intensity, rician, warp)
+from .physics import (AugmentError, _linear, affine_maps, bias_field, elastic_displacement, generators,
+                                  intensity, rician, warp, warp_affine)
 
 # %% ../../nbs/18b_data.augment.ipynb #c3d3a5ce
 @dataclass(frozen=True)
@@ -84,23 +84,26 @@ def strong(
                    p_noise=.5, p_spline=.3, artefacts=tuple(Artefact(k, .1, s) for k, s in faults.items()))
 
 # %% ../../nbs/18b_data.augment.ipynb #e45aab08
-def _source(self:Augment, size:tuple[int, int], draw:Callable, device:torch.device)->tuple[list[int], Tensor|None]:
-    "The samples that move, and where their pixels come from"
-    move, moves = draw('affine', self.p_affine*bool(self.rotate or self.scale or self.shift))
+def _maps(self:Augment, size:tuple[int, int], draw:Callable)->dict[int, np.ndarray]:
+    "The affine map of each sample that is turned, scaled and shifted"
+    move, gens = draw('affine', self.p_affine*bool(self.rotate or self.scale or self.shift))
+    return dict(zip(move, affine_maps(size, gens, self.rotate, self.scale, self.shift))) if move else {}
+
+
+def _bends(self:Augment, size:tuple[int, int], draw:Callable, device:torch.device)->list[tuple[list[int], Tensor]]:
+    "The samples that are bent, and by how many pixels: elastic, then B-splines"
     bend, bends = draw('elastic', self.p_elastic*bool(max(self.alpha)))
     push, pushes = draw('spline', self.p_spline*bool(max(self.spline)))
-    rows = sorted({*move, *bend, *push})
-    if not rows: return rows, None
-    at = {r: i for i, r in enumerate(rows)}
-    affine = affine_coordinates(size, moves, self.rotate, self.scale, self.shift, device) if move else None
-    if len(move) == len(rows): source = affine
-    else:
-        source = torch.stack(torch.broadcast_tensors(*_grid(size, device))).repeat(len(rows), 1, 1, 1)
-        if move: source[[at[r] for r in move]] = affine
-    for chosen, shift in ((bend, lambda: elastic_displacement(size, bends, self.alpha, self.sigma, device)),
-                          (push, lambda: bspline_displacement(size, pushes, self.spline, device=device))):
-        if chosen: source.index_add_(0, torch.tensor([at[r] for r in chosen], device=device), shift())
-    return rows, source
+    bends = [(bend, elastic_displacement(size, bends, self.alpha, self.sigma, device))] if bend else []
+    return bends + ([(push, bspline_displacement(size, pushes, self.spline, device=device))] if push else [])
+
+
+def _source(size:tuple[int, int], rows:Sequence[int], maps:dict, bends:list, device:torch.device)->Tensor:
+    "Where the pixels of the samples `rows` come from"
+    at, still = {r: i for i, r in enumerate(rows)}, np.array([1., 0, 0, 0, 1, 0])
+    source = _linear(size, np.stack([maps.get(r, still) for r in rows]), device)
+    for chosen, shift in bends: source.index_add_(0, torch.tensor([at[r] for r in chosen], device=device), shift)
+    return source
 
 # %% ../../nbs/18b_data.augment.ipynb #1a6c0277
 def _drawer(seed:int, epoch:int, indices:Sequence[int])->Callable:
@@ -122,20 +125,32 @@ def _steps(self:Augment)->list[tuple[str, float, Callable]]:
             ('noise', self.p_noise*bool(max(self.noise)), lambda x, g: rician(x, g, self.noise))]
 
 # %% ../../nbs/18b_data.augment.ipynb #ed8e791b
-def _some(y:Tensor, rows:list[int], change:Callable)->Tensor:
-    "Change some samples of a batch; all of them without copies"
+def _group(self:Augment, x:Tensor)->int:
+    "How many samples the chain takes at a time"
+    active = {step.split('.')[-1] for step, chance, _ in _steps(self) if chance}
+    bends = self.p_elastic*max(self.alpha) or self.p_spline*max(self.spline)
+    return max(len(x), 1) if x.is_cuda or not (bends or active - {'intensity', 'resolution', 'mirror'}) else 8
+
+
+def _some(y:Tensor, mine:bool, rows:list[int], change:Callable)->Tensor:
+    "Change the samples `rows`, in place where `y` is the chain's own"
     if len(rows) == len(y): return change(y)
-    return y.index_copy(0, torch.tensor(rows, device=y.device), change(y[rows]))
+    y = y if mine else y.clone()
+    y[rows] = change(y[rows])
+    return y
 
 
 def _change(self:Augment, x:Tensor, indices:Sequence[int], seed:int, epoch:int)->Tensor:
     "All steps on a few samples"
-    draw, y = _drawer(seed, epoch, indices), x
-    rows, source = _source(self, y.shape[-2:], draw, y.device)
-    if rows: y = _some(y, rows, lambda y: warp(y, source))
+    draw, y, size = _drawer(seed, epoch, indices), x, x.shape[-2:]
+    maps, bends = _maps(self, size, draw), _bends(self, size, draw, y.device)
+    bent = sorted({r for rows, _ in bends for r in rows})
+    turned = [r for r in maps if r not in bent]
+    if turned: y = _some(y, False, turned, lambda y: warp_affine(y, np.stack([maps[r] for r in turned])))
+    if bent: y = _some(y, y is not x, bent, lambda y: warp(y, _source(size, bent, maps, bends, y.device)))
     for step, chance, change in _steps(self):
         rows, gens = draw(step, chance)
-        if rows: y = _some(y, rows, lambda y: change(y, gens))
+        if rows: y = _some(y, y is not x, rows, lambda y: change(y, gens))
     return y
 
 # %% ../../nbs/18b_data.augment.ipynb #fc473596
@@ -153,9 +168,10 @@ def __call__(
         raise AugmentError(f'a batch must be float (B,C,H,W) with one index per sample, got {x.dtype} '
                            f'{tuple(x.shape)} and {len(indices)} indices: convert the batch first')
     plain = x.as_subclass(Tensor).float()
-    size = max(len(x), 1) if x.is_cuda else 8
+    size = _group(self, x)
     parts = [_change(self, plain[i:i + size], indices[i:i + size], seed, epoch) for i in range(0, len(x), size)]
-    return torch.cat(parts or [plain]).to(x.dtype).as_subclass(type(x))
+    new = len(parts) == 1 and parts[0].data_ptr() != plain.data_ptr()
+    return (parts[0] if new else torch.cat(parts or [plain])).to(x.dtype).as_subclass(type(x))
 
 # %% ../../nbs/18b_data.augment.ipynb #7b7c9c24
 @patch
@@ -170,9 +186,7 @@ def source(
 )->Tensor: # for `warp` and `warp_boxes`, pixels from the centre, `(B,2,H,W)`
     "Where the chain reads each pixel of each sample: its geometry alone"
     draw = _drawer(seed, epoch, indices)
-    rows, moved = _source(self, size, draw, device)
-    out = torch.stack(torch.broadcast_tensors(*_grid(size, device))).repeat(len(indices), 1, 1, 1)
-    if rows: out[rows] = moved
+    out = _source(size, range(len(indices)), _maps(self, size, draw), _bends(self, size, draw, device), device)
     turn, _ = draw('mirror', self.mirror)
     if turn: out[turn] = out[turn].flip(-1)
     return out

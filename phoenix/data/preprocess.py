@@ -52,7 +52,7 @@ def _without_bias(grey, mask, bias):
     return np.rint(flat*(65535/flat.max())).astype(np.uint16)
 
 # %% ../../nbs/17_data.preprocess.ipynb #702308df
-_VERSIONS = (1, 2)
+_VERSIONS = (1, 2, 3)
 _CHOICES = {"normalise": ("zscore", "range", "percentile", "nyul", "whitestripe"),
             "strip": ("none", "refuse", "keep"), "bias": ("none", "n4", "batch")}
 _LATER = {"strip": "none", "bias": "none", "nyul": None}
@@ -76,6 +76,9 @@ def _check(p):
         raise PreprocessError(f"This phoenix preprocesses by version {_VERSIONS}, got {p.version}; install the one it "
                               "came from")
     if p.version == 1 and later: raise PreprocessError(f"Version 1 must be without {later}, which came later; use 2")
+    if p.version < 3 and p.bias == "batch":
+        raise PreprocessError(f"bias='batch' must be of version 3, got {p.version} with another corrector; install the "
+                              "phoenix it came from, or preprocess and train anew")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ class Preprocess:
     strip:str="none" # skull: 'none' leaves it, 'refuse' and 'keep' say what to do where no brain is seen clearly
     bias:str="none" # shading: 'none', 'n4', or 'batch' for the faster corrector, which needs torch
     nyul:Nyul|None=None # landmarks of the training images, for normalise='nyul'
-    version:int=2 # of this code
+    version:int=0 # of this code; 0 takes the one that first did what these settings ask for
 
     def __post_init__(self):
+        if self.version == 0: object.__setattr__(self, "version", 3 if self.bias == "batch" else 2)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else (self.size,))
         _check(self)
         object.__setattr__(self, "clip", float(self.clip))
