@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.heads.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'position_code', 'MeanPool', 'AttentionPool', 'cubic_basis', 'KANLinear', 'make_kan', 'make_head']
 
-# %% ../../nbs/21a_models.heads.ipynb #d653fd51
+# %% ../../nbs/21a_models.heads.ipynb #615b479f
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block as EncoderBlock
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/21a_models.heads.ipynb #f1cdd601
+# %% ../../nbs/21a_models.heads.ipynb #a00e49e1
 def position_code(
     h:int, # rows of the map
     w:int, # columns of the map
@@ -29,7 +29,7 @@ def position_code(
     rows, columns = (torch.cat([o.sin(), o.cos()], 1) for o in (rows, columns))
     return torch.cat([rows[:,None].expand(-1,w,-1), columns.expand(h,-1,-1)], 2).reshape(h*w, width)
 
-# %% ../../nbs/21a_models.heads.ipynb #f3b9b68c
+# %% ../../nbs/21a_models.heads.ipynb #0bcba87b
 class MeanPool(nn.Module):
     "The mean over all places"
     def forward(self,
@@ -38,7 +38,7 @@ class MeanPool(nn.Module):
         "Mean of each channel"
         return x.mean((2,3))
 
-# %% ../../nbs/21a_models.heads.ipynb #3bb316e3
+# %% ../../nbs/21a_models.heads.ipynb #084f40e2
 class AttentionPool(nn.Module):
     "Transformer blocks over the places of a map, then their mean"
     def __init__(self,
@@ -62,7 +62,7 @@ class AttentionPool(nn.Module):
         tokens = x.flatten(2).transpose(1,2) + position_code(*x.shape[2:], x.shape[1]).to(x)
         return self.norm(self.blocks(tokens)).mean(1)
 
-# %% ../../nbs/21a_models.heads.ipynb #03fb7b6c
+# %% ../../nbs/21a_models.heads.ipynb #04aae1dd
 def cubic_basis(
     x:Tensor, # any shape; held inside [-1, 1]
     grid:int=5, # equal intervals of [-1, 1]
@@ -74,7 +74,7 @@ def cubic_basis(
     near, far = F.relu(1-away), F.relu(2-away)
     return (far*far*far - 4*near*near*near)/6
 
-# %% ../../nbs/21a_models.heads.ipynb #07b9a90e
+# %% ../../nbs/21a_models.heads.ipynb #5288363d
 class KANLinear(nn.Module):
     "A layer whose every edge is a learned function of one variable"
     def __init__(self,
@@ -93,7 +93,7 @@ class KANLinear(nn.Module):
         "Sums of curves"
         return self.base(F.silu(x)) + self.spline(cubic_basis(x, self.grid).flatten(1))
 
-# %% ../../nbs/21a_models.heads.ipynb #7fac31df
+# %% ../../nbs/21a_models.heads.ipynb #b7d3c653
 def make_kan(
     widths:tuple[int,...], # inputs, hidden layers, outputs
     grid:int=5, # intervals of each curve
@@ -103,7 +103,7 @@ def make_kan(
     layers = [(nn.LayerNorm(a), nn.Tanh(), KANLinear(a, b, grid)) for a,b in zip(widths, widths[1:])]
     return nn.Sequential(*[o for layer in layers for o in layer])
 
-# %% ../../nbs/21a_models.heads.ipynb #2d25083f
+# %% ../../nbs/21a_models.heads.ipynb #ddcd2215
 HEADS = ('gap', 'vit', 'kan')
 def _perceptron(widths):
     "Linear layers with norm and ReLU between"

@@ -110,7 +110,7 @@ class Block(nn.Module):
         "What the branches add to the shortcut, rectified"
         return F.relu(self.norm(self.body(self.reduce(x))) + self.shortcut(x))
 
-# %% ../../nbs/22_models.neurosnake.ipynb #fc2bbc28
+# %% ../../nbs/22_models.neurosnake.ipynb #f6e6869c
 class Classifier(nn.Module):
     "Pixels to a map, a map to an embedding, an embedding to logits; frozen up to any depth"
     def __init__(self):
@@ -220,7 +220,7 @@ class NeuroSnake(Classifier):
         for stage in self.stages: x = stage(x)
         return x
 
-# %% ../../nbs/22_models.neurosnake.ipynb #dc918385
+# %% ../../nbs/22_models.neurosnake.ipynb #20c3b89d
 FAMILIES = {'neurosnake':'snake', 'plain':'plain'}
 _STAGES = [''.join(c) for n in range(5) for c in combinations('1234', n)]
 ENDINGS = {**{a:('attention', a) for a in ATTENTION}, **{h:('head', h) for h in HEADS},
@@ -234,7 +234,7 @@ def family_names(
     heads = {h:'' if h=='gap' else f'_{h}' for h in HEADS}
     return [f'{f}_{s}_{a}{h}' for h in heads.values() for f in FAMILIES for s in SIZES for a in ATTENTION]
 
-# %% ../../nbs/22_models.neurosnake.ipynb #fe4814b8
+# %% ../../nbs/22_models.neurosnake.ipynb #5eab38c7
 def plan_of(
     name:str, # `<family>_<size>[_<ending>…]`
 )->Plan: # the network as data
@@ -263,7 +263,7 @@ def create_neurosnake(
         raise PhoenixError(f"model options must be fields of Plan, got {k!r}{hint}: correct it.")
     return NeuroSnake(replace(plan_of(name), **changes), n_classes, c_in)
 
-# %% ../../nbs/22_models.neurosnake.ipynb #485b6a8d
+# %% ../../nbs/22_models.neurosnake.ipynb #087dc6bc
 ABLATION = {'NeuroSnake-CA':'neurosnake_{}_ca', 'plain twin':'plain_{}_ca', 'no snake':'neurosnake_{}_ca_s0',
             'no attention':'neurosnake_{}_none', 'squeeze and excitation':'neurosnake_{}_se',
             'K = 3':'neurosnake_{}_ca_k3', 'K = 5':'neurosnake_{}_ca_k5', 'r = 16':'neurosnake_{}_ca_r16',
@@ -276,11 +276,11 @@ def ablation_names(
     "The family's networks that differ from the default in one respect"
     return {what:name.format(size) for what,name in ABLATION.items()}
 
-# %% ../../nbs/22_models.neurosnake.ipynb #2863cdf0
+# %% ../../nbs/22_models.neurosnake.ipynb #166d2054
 def _snake_macs(m:DynamicSnakeConv, out:Tensor)->int:
     "Multiply-adds of one snake layer"
     weights = sum(p.numel() for p in m.parameters() if p.ndim>1)
-    return out[:,0].numel()*(weights + 2*2*m.kernel_size*m.width)
+    return out[:,0].numel()*(weights + 2*m.kernel_size*(m.fuse.in_channels-m.width))
 
 def _measured(model:nn.Module, parts:list[nn.Module], x:Tensor)->dict:
     "Output and multiply-adds of each part that runs"
@@ -315,7 +315,7 @@ def count_cost(
     "Parameters and multiply-adds of a network"
     return sum(p.numel() for p in model.parameters()), _measured(model, [model], _blank(model, size, c_in))[model][1]
 
-# %% ../../nbs/22_models.neurosnake.ipynb #1fb93999
+# %% ../../nbs/22_models.neurosnake.ipynb #45deb22a
 def _parts(model:nn.Module):
     "Names and modules of a network's stages"
     for name,child in model.named_children():
@@ -334,7 +334,7 @@ def describe(
             for n,m in parts.items() if m in seen]
     return pd.DataFrame([r for r in rows if r[2] or r[3]], columns=['stage','output','parameters','macs'])
 
-# %% ../../nbs/22_models.neurosnake.ipynb #3f8f5e15
+# %% ../../nbs/22_models.neurosnake.ipynb #6851b927
 def show(
     model:nn.Module, # any network that takes `(1,c_in,size,size)`
     size:int=224, # side of the image, pixels
@@ -344,7 +344,7 @@ def show(
     numbers = {k:'{:,}'.format for k in ('parameters', 'macs')}
     print(describe(model, size, c_in).to_string(index=False, formatters=numbers))
 
-# %% ../../nbs/22_models.neurosnake.ipynb #5b6a94e5
+# %% ../../nbs/22_models.neurosnake.ipynb #48e6dce8
 def snake_taps(
     model:NeuroSnake, # with snakes
     image:Tensor, # `(c_in,H,W)` in [0, 1]
@@ -371,7 +371,7 @@ def snake_taps(
     place = np.stack([np.stack(x, -1), np.stack(y, -1)])
     return place.clip(0, (h-1,w-1))*scale + (scale-4)/2
 
-# %% ../../nbs/22_models.neurosnake.ipynb #9424cab6
+# %% ../../nbs/22_models.neurosnake.ipynb #66d1e021
 def plot_offsets(
     model:NeuroSnake, # with snakes
     image:Tensor, # `(c_in,H,W)` in [0, 1]; the middle channel is drawn
