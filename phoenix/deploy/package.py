@@ -149,11 +149,13 @@ def _parity(folder): return read_json(folder/"parity.json") if (folder/"parity.j
 def _model_json(model_name, model_args, weights, classes, preprocess, **stated):
     "The content of model.json"
     size = sum(v.size for v in weights.values())
+    slices = int(model_args.get("slices", 1))
+    pixels = {"layout": "(B,C,H,W)", "type": "float32 in [0,1]", "channels": int(model_args.get("c_in", 1))*slices,
+              "slices": slices}
     return {"format": 1, "phoenix": phoenix.__version__,
             "architecture": {"name": model_name, "arguments": dict(model_args)},
             "parameters": int(size), "classes": list(classes),
-            "pixels": {"layout": "(B,C,H,W)", "type": "float32 in [0,1]", "channels": int(model_args.get("c_in", 1))},
-            "preprocess": preprocess.spec(), "preprocess_digest": preprocess.digest, **stated}
+            "pixels": pixels, "preprocess": preprocess.spec(), "preprocess_digest": preprocess.digest, **stated}
 
 
 def save_package(
@@ -376,6 +378,10 @@ def images(self:Package,
     paths:Sequence[str|Path], # pictures that can be read
 )->np.ndarray: # (N,C,h,w) float32 in [0,1]
     "Pictures as the network takes them: the training's own preprocessing, divided by 255"
+    slices = self.info["pixels"].get("slices", 1)
+    if slices > 1:
+        raise PackageError(f"This model must be given {slices} neighbouring slices together, got single pictures; "
+                           "prepare stacks and pass them to logits")
     made = [self.preprocess(read_pixels(Path(p)).grey) for p in paths]
     x = np.stack(made)[:, None].astype(np.float32)/np.float32(255)
     return np.repeat(x, self.info["pixels"]["channels"], axis=1)
