@@ -67,7 +67,7 @@ def test_arguments_come_back_too(name, how, tmp_path):
     with torch.no_grad(): assert torch.equal(net(x), package.model()(x))
 
 
-EXPORTED = ["neurosnake_tiny_ca_vit", "plain_tiny_se_kan"]
+EXPORTED = ["neurosnake_small_ca", "neurosnake_tiny_ca_vit", "plain_tiny_se_kan"]
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *[pytest.param(n, marks=pytest.mark.slow) for n in model_names() if n not in EXPORTED]])
