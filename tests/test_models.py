@@ -29,12 +29,17 @@ def side_of(name): return 224 if name.removeprefix("timm/") in FIXED else SIDE
 
 
 def built(name, **how):
-    "A network whose norms have seen data, and the arguments that make it"
+    """A network whose norms have seen data, and the arguments that make it
+
+    The norms meet the data half way: fitted to a handful of values per channel, an untrained EfficientNet divides by
+    spreads near zero, and its own logits in single and in double precision are 3e-4 apart."""
     args = dict(n_classes=3, c_in=1) | how
     with seeded(1): net = create_model(name, **args)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.momentum = None  # a plain average: it fits the data at once
-    with torch.no_grad(): net(torch.from_numpy(patterns(8, args["c_in"]*args.get("slices", 1), side_of(name))))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms: m.momentum = .5
+    with torch.no_grad():
+        for i in range(4 if norms else 0):
+            net(torch.from_numpy(patterns(8, args["c_in"]*args.get("slices", 1), side_of(name), i)))
     return net.eval(), args
 
 
