@@ -138,7 +138,7 @@ def _pack(bits):
     "64 bits as one word, row by row, first bit highest"
     return np.packbits(bits.reshape(*bits.shape[:-2], 64), axis=-1).view(">u8")[..., 0].astype(np.uint64)
 
-
+# %% ../../nbs/13a_data.hashes.ipynb #2ba94813
 def phash(
     grey:np.ndarray, # `(H,W)`, uint8 or uint16
 )->np.uint64: # 64 bits

@@ -662,7 +662,7 @@ def _check_pictures(cert, manifest, counts):
         yield f"the same picture stands on two sides: {a} ({cert.assignment[a]}) and {b} ({cert.assignment[b]})"
     if len(found) > 20: yield f"and {len(found) - 20} more pairs of pictures stand on two sides"
 
-
+# %% ../../nbs/15_data.splits.ipynb #9305ba6d
 def verify_certificate(
     cert:Certificate|Path|str, # a certificate, or the file of one
     root:Path, # folder of the raw set
