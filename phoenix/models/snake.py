@@ -38,7 +38,7 @@ def outward_matrix(
     for k in range(kernel_size): m[k, min(k, c):max(k, c)] = 1
     return m
 
-# %% ../../nbs/20_models.snake.ipynb #1092ba04
+# %% ../../nbs/20_models.snake.ipynb #1ebc50a5
 @dataclass(frozen=True)
 class _Geometry:
     "Lines of a layer"
@@ -153,7 +153,7 @@ def _by_rows(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     out = _BentLines.apply(flat, weight.flatten(2), share, rows, _pitches((H,W), geo.lines), B)
     return out.view(B, *offsets.shape[2:], -1).permute(0,3,1,2)
 
-# %% ../../nbs/20_models.snake.ipynb #379e33bb
+# %% ../../nbs/20_models.snake.ipynb #953d545b
 def _by_bag(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Tap convolution first, then one bag of 2K rows for each output and line: for a GPU"
     (B, C, H, W), (P, n, K, _) = x.shape, weight.shape
@@ -191,7 +191,7 @@ def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:i
     rows = (line[:,None,:,None] + place[:,None])*K + np.arange(K)[:,None]
     return rows.reshape(l, m//s, K*length).astype(np.int32), starts.astype(np.float32), s
 
-# %% ../../nbs/20_models.snake.ipynb #8d797945
+# %% ../../nbs/20_models.snake.ipynb #02411e13
 def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], geo:_Geometry)->Tensor:
     "One line along the first axis of `size`, from table rows `(B,R,n)` and offsets `(B,l,m,K)` to `(B,l,m,n)`"
     (_, l, m, K), M, n = offsets.shape, size[1], table.shape[2]
@@ -220,7 +220,7 @@ def _by_matrix(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     tables = F.linear(x.permute(0,2,3,1).reshape(-1, C), weight.permute(0,2,1,3).reshape(-1, C).to(x.dtype))
     return _matrix_lines(tables.view(-1, size[0]*size[1], P, K, n), size, offsets, geo)
 
-# %% ../../nbs/20_models.snake.ipynb #9ffce1d2
+# %% ../../nbs/20_models.snake.ipynb #9aebcd89
 def _deform(x:Tensor, weight:Tensor, offsets:Tensor, stride:int, bias:Tensor|None=None)->Tensor:
     "`deform_conv2d` of torchvision, `DeformConv` of ONNX"
     pad = [k//2 for k in weight.shape[2:]]
@@ -248,7 +248,7 @@ def _by_deform(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     parts, x, weight = offsets.chunk(len(geo.lines), 1), x.to(offsets.dtype), weight.to(offsets.dtype)
     return torch.cat([_deform_line(x, w, o, line, geo.stride) for line,o,w in zip(geo.lines, parts, weight)], 1)
 
-# %% ../../nbs/20_models.snake.ipynb #fdf68c2c
+# %% ../../nbs/20_models.snake.ipynb #3ecd7ecb
 FORMULATIONS = {'rows':_by_rows, 'bag':_by_bag, 'gather':_by_gather, 'matrix':_by_matrix, 'deform':_by_deform}
 
 def choose_formulation(
@@ -258,7 +258,7 @@ def choose_formulation(
     if torch.compiler.is_compiling(): return 'gather'
     return {'cpu':'rows', 'cuda':'bag'}.get(device, 'gather')
 
-# %% ../../nbs/20_models.snake.ipynb #cb529f42
+# %% ../../nbs/20_models.snake.ipynb #0970609c
 class _Taps(nn.Conv2d):
     "Weights of the lines, `(P*n,C,1,K)`, laid along offsets"
     def __init__(self, c_in:int, width:int, kernel_size:int, lines:str):
@@ -281,7 +281,7 @@ def _straight(x:Tensor, weight:Tensor, geo:_Geometry)->Tensor:
         out.append(F.conv2d(F.pad(x, pad, 'replicate'), w, stride=geo.stride))
     return torch.cat(out, 1)
 
-# %% ../../nbs/20_models.snake.ipynb #3b4dc39a
+# %% ../../nbs/20_models.snake.ipynb #9d8c39d0
 def _check_layer(c_in:int, c_out:int, stride:int, extend_scope:float, lines:str, export_as:str)->None:
     "Refuse what no layer can be made of"
     if min(c_in, c_out, stride)<1 or not 0<extend_scope<math.inf:
@@ -374,10 +374,10 @@ def _exported_snakes(m:DynamicSnakeConv, x:Tensor, offsets:Tensor|None)->Tensor:
         return _matrix_lines(tables.view(-1, x.shape[2]*x.shape[3], P, m.kernel_size, m.width), x.shape[2:], offsets, geo)
     weight = m.taps.weight.squeeze(2).unflatten(0, (P,-1)).transpose(2, 3)
     if offsets is None: return _straight(x, weight, geo) + m.shift.view(1,-1,1,1)
-    parts = zip(geo.lines, weight, offsets.chunk(P, 1), m.shift.chunk(P))
-    return torch.cat([_deform_line(x, w, o, line, geo.stride, shift) for line,w,o,shift in parts], 1)
+    parts, shifts = offsets.chunk(P, 1), m.shift.view(P, -1)
+    return torch.cat([_deform_line(x, weight[p], parts[p], o, geo.stride, shifts[p]) for p,o in enumerate(geo.lines)], 1)
 
-# %% ../../nbs/20_models.snake.ipynb #b4fd885b
+# %% ../../nbs/20_models.snake.ipynb #b9210d2c
 @preserve_rng()
 def export_snake(
     m:DynamicSnakeConv, # a trained layer, in evaluation mode
