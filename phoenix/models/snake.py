@@ -32,13 +32,14 @@ def outward_matrix(
 )->np.ndarray: # `(K, K-1)` float32 of zeros and ones
     "The matrix that sums steps outwards from the centre tap"
     if kernel_size<2:
-        raise PhoenixError(f"kernel_size must be at least 2, got {kernel_size}: one tap has nothing to bend; choose 3, 5, 7 or 9.")
+        raise PhoenixError(f"kernel_size must be at least 2, got {kernel_size}: one tap has nothing to bend; "
+                           f"choose 3, 5, 7 or 9.")
     c = (kernel_size-1)//2
     m = np.zeros((kernel_size, kernel_size-1), np.float32)
     for k in range(kernel_size): m[k, min(k, c):max(k, c)] = 1
     return m
 
-# %% ../../nbs/20_models.snake.ipynb #1ebc50a5
+# %% ../../nbs/20_models.snake.ipynb #3737c110
 @dataclass(frozen=True)
 class _Geometry:
     "Lines of a layer"
@@ -52,12 +53,13 @@ def _pitches(size:tuple[int,int], lines:str)->list[int]:
     (H, W) = size
     return [W*(H>1) if o=='x' else 1*(W>1) for o in lines]
 
+# %% ../../nbs/20_models.snake.ipynb #8bd7166e
 def snake_places(
     offsets:Tensor, # `(B,P*K,h,w)` accumulated offsets, pixels, float32 or float64
     size:tuple[int,int], # `(H,W)` of the sampled map
     stride:int=1, # pixels between neighbouring outputs
     lines:str='xy', # the `P` lines: 'x' runs along x and moves in y, 'y' the other way round
-)->tuple[Tensor,Tensor]: # numbers of the lower pixels in the flattened batch, int32, and shares of the upper, `(P,B*h*w,K)`
+)->tuple[Tensor,Tensor]: # lower pixels in the flattened batch, int32, and shares of the upper, `(P,B*h*w,K)`
     "Pixels and interpolation weights that offsets point at"
     (B, _, h, w), (H, W), P, K = offsets.shape, size, len(lines), offsets.shape[1]//len(lines)
     count = lambda n: torch.arange(n, device=offsets.device, dtype=torch.int32)
@@ -78,6 +80,7 @@ def _columns(x:Tensor, rows:Tensor, share:Tensor, pitch:int)->Tensor:
     two = torch.stack([rows, rows+pitch], -1).view(-1, 2), torch.stack([1-share, share], -1).view(-1, 2)
     return F.embedding_bag(two[0], x, mode='sum', per_sample_weights=two[1]).view(len(rows), -1)
 
+# %% ../../nbs/20_models.snake.ipynb #2d8acce2
 def _slices(n:int, length:int, threads:int)->Iterator[slice]:
     "Parts of `n` columns that fit the caches"
     step = max(1, (1+threads)*2**18//length)
@@ -88,6 +91,7 @@ with warnings.catch_warnings(): # torch says once per process that CSR tensors a
     warnings.simplefilter('ignore')
     torch.sparse_csr_tensor(torch.tensor([0,1]), torch.tensor([0]), torch.ones(1), (1,1))
 
+# %% ../../nbs/20_models.snake.ipynb #138d4dc9
 def _pixel_gradient(worth:Tensor, rows:Tensor, share:Tensor, pitch:int, n:int)->Tensor:
     "Each pixel gathers the worth `(N*K,C)` of the taps that read it: `(n,C)`"
     places, weights = torch.stack([rows, rows+pitch], -1).numpy(), torch.stack([1-share, share], -1).numpy()
@@ -96,6 +100,7 @@ def _pixel_gradient(worth:Tensor, rows:Tensor, share:Tensor, pitch:int, n:int)->
     idx, ptr, data = (torch.from_numpy(o) for o in (t.indices, t.indptr, t.data))
     return F.embedding_bag(idx.int(), worth, ptr.int(), mode='sum', per_sample_weights=data, include_last_offset=True)
 
+# %% ../../nbs/20_models.snake.ipynb #81db0bce
 def _share_gradient(worth:Tensor, x:Tensor, rows:Tensor, pitch:int)->Tensor:
     "Worth of each tap times the slope where it reads: as `rows`"
     slope = torch.zeros_like(x)
@@ -131,20 +136,23 @@ class _BentLines(torch.autograd.Function):
         for b in range(0, ctx.images, some):
             at, of = slice(b*N, (b+some)*N), slice(b*R, (b+some)*R)
             for p,pitch in enumerate(ctx.pitches):
-                _backward_part(grads[0][of], grads[1][p], grads[2][p,at], g[at,p*n:p*n+n].contiguous(), x[of], weight[p],
-                               share[p,at], rows[p,at]-b*R, pitch)
+                into, worth = (grads[0][of], grads[1][p], grads[2][p,at]), g[at,p*n:p*n+n].contiguous()
+                _backward_part(into, worth, x[of], weight[p], share[p,at], rows[p,at]-b*R, pitch)
         return grads[0], grads[1].to(weight.dtype), grads[2], None, None, None
 
 # %% ../../nbs/20_models.snake.ipynb #914cc508
-def _backward_part(gx:Tensor, gw:Tensor, gs:Tensor, g:Tensor, x:Tensor, weight:Tensor, share:Tensor, rows:Tensor, pitch:int):
-    "Add the gradients of some images to `gx` and `gw`, and write them to `gs`"
-    worth, parts = weight.new_empty(len(g), weight.shape[1]), [*_slices(len(g), weight.shape[1], torch.get_num_threads())]
+def _backward_part(into:tuple, g:Tensor, x:Tensor, weight:Tensor, share:Tensor, rows:Tensor, pitch:int)->None:
+    "Put the gradients of some images and one line into those of pixels, weights and shares"
+    gx, gw, gs = into
+    worth = weight.new_empty(len(g), weight.shape[1])
+    parts = [*_slices(len(g), weight.shape[1], torch.get_num_threads())]
     for part in parts: torch.mm(g[part], weight, out=worth[part])
     worth = worth.to(x.dtype).view(-1, x.shape[1])
     gs.copy_(_share_gradient(worth, x, rows, pitch))
     gx += _pixel_gradient(worth, rows, share, pitch, len(x))
     for part in parts: gw += g[part].t()@_columns(x, rows[part], share[part], pitch).to(g.dtype)
 
+# %% ../../nbs/20_models.snake.ipynb #79396ce9
 def _by_rows(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Columns of rows, a few at a time: for training on a CPU"
     B, C, H, W = x.shape
@@ -153,7 +161,7 @@ def _by_rows(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     out = _BentLines.apply(flat, weight.flatten(2), share, rows, _pitches((H,W), geo.lines), B)
     return out.view(B, *offsets.shape[2:], -1).permute(0,3,1,2)
 
-# %% ../../nbs/20_models.snake.ipynb #953d545b
+# %% ../../nbs/20_models.snake.ipynb #771b115a
 def _by_bag(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Tap convolution first, then one bag of 2K rows for each output and line: for a GPU"
     (B, C, H, W), (P, n, K, _) = x.shape, weight.shape
@@ -166,11 +174,13 @@ def _by_bag(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
                           per_sample_weights=torch.cat([1-share, share], -1).view(-1, 2*K))
     return out.view(P, B, *offsets.shape[2:], n).permute(1,0,4,2,3).flatten(1, 2)
 
+# %% ../../nbs/20_models.snake.ipynb #8043cc22
 def _by_gather(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Plain indexing and interpolation: for torch.compile, other devices and second derivatives"
     (B, C, H, W), out = x.shape, []
     flat = x.permute(0,2,3,1).reshape(-1, C).to(offsets.dtype)
-    for rows,share,w,pitch in zip(*snake_places(offsets, (H,W), geo.stride, geo.lines), weight, _pitches((H,W), geo.lines)):
+    places = snake_places(offsets, (H,W), geo.stride, geo.lines)
+    for rows,share,w,pitch in zip(*places, weight, _pitches((H,W), geo.lines)):
         columns = torch.lerp(F.embedding(rows, flat), F.embedding(rows+pitch, flat), share.unsqueeze(-1))
         out.append(F.linear(columns.flatten(1).to(w.dtype), w.flatten(1)))
     return torch.cat(out, 1).view(B, *offsets.shape[2:], -1).permute(0,3,1,2)
@@ -181,6 +191,7 @@ def _stretch(m:int, M:int, reach:int)->int:
     most = [s for s in range(1, m+1) if m%s==0 and (s==m or s+2*reach<M)]
     return min(most, key=lambda s: (min(s+2*reach, M)/s*(s+16), -s))
 
+# %% ../../nbs/20_models.snake.ipynb #9bdedb56
 def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:int, own:tuple[int,int])->tuple:
     "For a line along the first axis of `size`: table rows `(l,windows,K*length)`, starts of windows, outputs in each"
     ((L, M), (l, m), (step_l, step_m)), s = (size, out, own), _stretch(out[1], size[1], reach)
@@ -191,7 +202,7 @@ def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:i
     rows = (line[:,None,:,None] + place[:,None])*K + np.arange(K)[:,None]
     return rows.reshape(l, m//s, K*length).astype(np.int32), starts.astype(np.float32), s
 
-# %% ../../nbs/20_models.snake.ipynb #02411e13
+# %% ../../nbs/20_models.snake.ipynb #b98dd673
 def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], geo:_Geometry)->Tensor:
     "One line along the first axis of `size`, from table rows `(B,R,n)` and offsets `(B,l,m,K)` to `(B,l,m,n)`"
     (_, l, m, K), M, n = offsets.shape, size[1], table.shape[2]
@@ -204,6 +215,7 @@ def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[in
     read = table.index_select(1, torch.from_numpy(rows.ravel()).to(table.device)).view(-1, l*(m//s), K*length, n)
     return (hats.to(read.dtype)@read).view(-1, l, m, n)
 
+# %% ../../nbs/20_models.snake.ipynb #05d12a4d
 def _matrix_lines(tables:Tensor, size:tuple[int,int], offsets:Tensor, geo:_Geometry)->Tensor:
     "All lines by interpolation matrices, from tables `(B,H*W,P,K,n)` to `(B,P*n,h,w)`"
     (H, W), out = size, []
@@ -214,13 +226,14 @@ def _matrix_lines(tables:Tensor, size:tuple[int,int], offsets:Tensor, geo:_Geome
         out.append(y)
     return torch.cat(out, 1)
 
+# %% ../../nbs/20_models.snake.ipynb #67f4832f
 def _by_matrix(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Interpolation matrices: for export at a fixed size; offsets must keep to the reach"
     (P, n, K, C), size = weight.shape, x.shape[2:]
     tables = F.linear(x.permute(0,2,3,1).reshape(-1, C), weight.permute(0,2,1,3).reshape(-1, C).to(x.dtype))
     return _matrix_lines(tables.view(-1, size[0]*size[1], P, K, n), size, offsets, geo)
 
-# %% ../../nbs/20_models.snake.ipynb #9aebcd89
+# %% ../../nbs/20_models.snake.ipynb #d4f386f5
 def _deform(x:Tensor, weight:Tensor, offsets:Tensor, stride:int, bias:Tensor|None=None)->Tensor:
     "`deform_conv2d` of torchvision, `DeformConv` of ONNX"
     pad = [k//2 for k in weight.shape[2:]]
@@ -230,6 +243,7 @@ def _deform(x:Tensor, weight:Tensor, offsets:Tensor, stride:int, bias:Tensor|Non
         attrs=dict(kernel_shape=[*weight.shape[2:]], pads=pad*2, strides=[stride]*2),
         shape=(x.shape[0], len(weight), *offsets.shape[2:]))
 
+# %% ../../nbs/20_models.snake.ipynb #51329253
 def _deform_line(x:Tensor, weight:Tensor, offsets:Tensor, o:str, stride:int, bias:Tensor|None=None)->Tensor:
     "One line of weights `(n,K,C)`, an even number of them with one of zero in front"
     if weight.shape[1]%2==0: weight, offsets = F.pad(weight, (0,0,1,0)), F.pad(offsets, (0,0,0,0,1,0))
@@ -243,22 +257,28 @@ def _deform_line(x:Tensor, weight:Tensor, offsets:Tensor, o:str, stride:int, bia
     weight = weight.transpose(1, 2).unsqueeze(2 if o=='x' else 3)
     return _deform(x, weight, pairs, stride, bias)
 
+# %% ../../nbs/20_models.snake.ipynb #758b15af
 def _by_deform(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Deformable convolutions with clamped offsets: for runtimes of operator set 19 and later"
     parts, x, weight = offsets.chunk(len(geo.lines), 1), x.to(offsets.dtype), weight.to(offsets.dtype)
     return torch.cat([_deform_line(x, w, o, line, geo.stride) for line,o,w in zip(geo.lines, parts, weight)], 1)
 
-# %% ../../nbs/20_models.snake.ipynb #3ecd7ecb
+# %% ../../nbs/20_models.snake.ipynb #1490c25c
 FORMULATIONS = {'rows':_by_rows, 'bag':_by_bag, 'gather':_by_gather, 'matrix':_by_matrix, 'deform':_by_deform}
 
+# %% ../../nbs/20_models.snake.ipynb #2361a64a
 def choose_formulation(
     device:str, # type of the device, 'cpu', 'cuda', ...
+    wanted:str='auto', # a key of `FORMULATIONS`, or 'auto'
 )->str: # key of `FORMULATIONS`
-    "The formulation that a layer takes when it is free to choose"
+    "The formulation that a layer takes"
+    if wanted in FORMULATIONS: return wanted
+    if wanted!='auto':
+        raise PhoenixError(f"formulation must be auto, {', '.join(FORMULATIONS)}, got {wanted!r}: choose one of them.")
     if torch.compiler.is_compiling(): return 'gather'
     return {'cpu':'rows', 'cuda':'bag'}.get(device, 'gather')
 
-# %% ../../nbs/20_models.snake.ipynb #0970609c
+# %% ../../nbs/20_models.snake.ipynb #604d31ac
 class _Taps(nn.Conv2d):
     "Weights of the lines, `(P*n,C,1,K)`, laid along offsets"
     def __init__(self, c_in:int, width:int, kernel_size:int, lines:str):
@@ -272,6 +292,7 @@ class _Taps(nn.Conv2d):
         if offsets is None: return _straight(x.to(kind), weight, geo)
         return FORMULATIONS[formulation](x.to(kind), weight, offsets, geo).to(kind)
 
+# %% ../../nbs/20_models.snake.ipynb #19a18526
 def _straight(x:Tensor, weight:Tensor, geo:_Geometry)->Tensor:
     "Lines that do not bend, over an image whose edge is repeated"
     before, after = (weight.shape[2]-1)//2, weight.shape[2]//2
@@ -281,19 +302,31 @@ def _straight(x:Tensor, weight:Tensor, geo:_Geometry)->Tensor:
         out.append(F.conv2d(F.pad(x, pad, 'replicate'), w, stride=geo.stride))
     return torch.cat(out, 1)
 
-# %% ../../nbs/20_models.snake.ipynb #9d8c39d0
+# %% ../../nbs/20_models.snake.ipynb #53c4f0eb
 def _check_layer(c_in:int, c_out:int, stride:int, extend_scope:float, lines:str, export_as:str)->None:
     "Refuse what no layer can be made of"
     if min(c_in, c_out, stride)<1 or not 0<extend_scope<math.inf:
-        raise PhoenixError(f"channels and stride must be at least 1 and extend_scope above 0, got c_in={c_in}, c_out={c_out}, "
-                           f"stride={stride}, extend_scope={extend_scope}: correct them, or say bend=False for straight lines.")
+        raise PhoenixError(f"channels and stride must be at least 1 and extend_scope above 0, got c_in={c_in}, "
+                           f"c_out={c_out}, stride={stride}, extend_scope={extend_scope}: correct them, or say "
+                           f"bend=False for straight lines.")
     for name,value,known in (('lines', lines, ('xy','x','y')), ('export_as', export_as, ('matrix','deform'))):
         if value not in known:
-            raise PhoenixError(f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}: correct it.")
+            hint = did_you_mean(value, known)
+            raise PhoenixError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}: correct it.")
 
+# %% ../../nbs/20_models.snake.ipynb #d8ecb719
+def _add_offsets(m:nn.Module, c_in:int)->None:
+    "What predicts steps, and the matrix that sums them"
+    sums, n = torch.from_numpy(outward_matrix(m.kernel_size))*m.extend_scope, len(m.geometry.lines)
+    m.register_buffer('outward', torch.block_diag(*[sums]*n)[...,None,None], persistent=False)
+    m.offset = nn.Conv2d(c_in, n*(m.kernel_size-1), 3, m.stride, 1, bias=False)
+    m.offset_norm = nn.BatchNorm2d(n*(m.kernel_size-1))
+
+# %% ../../nbs/20_models.snake.ipynb #783fcce9
 def _initialise(m:nn.Module)->None:
     "He's scale for what meets a ReLU, and steps of half their range"
-    for conv in [m.standard, m.offset] if m.bend else [m.standard]: nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
+    for conv in [m.standard, m.offset] if m.bend else [m.standard]:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity='relu')
     nn.init.normal_(m.taps.weight, std=math.sqrt(2/(m.kernel_size*m.taps.in_channels)))
     if m.bend: nn.init.constant_(m.offset_norm.weight, .5)
 
@@ -316,13 +349,11 @@ class DynamicSnakeConv(nn.Module):
         super().__init__()
         _check_layer(c_in, c_out, stride, extend_scope, lines, export_as)
         K, w, P = kernel_size, width or c_out, len(lines)
-        sums = torch.from_numpy(outward_matrix(K))*extend_scope
+        outward_matrix(K) # refuses what has nothing to bend
         self.kernel_size, self.extend_scope, self.stride, self.width, self.bend = K, extend_scope, stride, w, bend
         self.geometry = _Geometry(lines, stride, math.ceil(K//2*extend_scope))
         self.formulation, self.export_as, self.exported = 'auto', export_as, False
-        if bend:
-            self.register_buffer('outward', torch.block_diag(*[sums]*P)[...,None,None], persistent=False)
-            self.offset, self.offset_norm = nn.Conv2d(c_in, P*(K-1), 3, stride, 1, bias=False), nn.BatchNorm2d(P*(K-1))
+        if bend: _add_offsets(self, c_in)
         self.standard = nn.Conv2d(c_in, w, 3, stride, 1, bias=False)
         self.taps = _Taps(c_in, w, K, lines)
         self.norm, self.fuse = nn.BatchNorm2d(w*(1+P)), nn.Conv2d(w*(1+P), c_out, 1, bias=bias)
@@ -344,9 +375,7 @@ class DynamicSnakeConv(nn.Module):
     )->Tensor: # `(B,P*width,h,w)`: x snake, y snake
         "The snake branches, before the norm"
         if self.exported: return _exported_snakes(self, x, offsets)
-        how = choose_formulation(x.device.type) if self.formulation=='auto' else self.formulation
-        if how in FORMULATIONS: return self.taps(x, offsets, self.geometry, how)
-        raise PhoenixError(f"formulation must be auto, {', '.join(FORMULATIONS)}, got {how!r}: choose one of them.")
+        return self.taps(x, offsets, self.geometry, choose_formulation(x.device.type, self.formulation))
 
     def forward(self,
         x:Tensor, # `(B,c_in,H,W)`
@@ -366,18 +395,21 @@ def _tap_product(m:DynamicSnakeConv, weight:Tensor, shift:Tensor)->nn.Linear:
     taps.bias.data = bias.view(-1)
     return taps
 
+# %% ../../nbs/20_models.snake.ipynb #e82ff0d2
 def _exported_snakes(m:DynamicSnakeConv, x:Tensor, offsets:Tensor|None)->Tensor:
     "The snakes of an exported layer, with their part of the norm inside"
     geo, P = m.geometry, len(m.geometry.lines)
     if isinstance(m.taps, nn.Linear):
         tables = m.taps(x.permute(0,2,3,1).reshape(-1, x.shape[1]))
-        return _matrix_lines(tables.view(-1, x.shape[2]*x.shape[3], P, m.kernel_size, m.width), x.shape[2:], offsets, geo)
+        tables = tables.view(-1, x.shape[2]*x.shape[3], P, m.kernel_size, m.width)
+        return _matrix_lines(tables, x.shape[2:], offsets, geo)
     weight = m.taps.weight.squeeze(2).unflatten(0, (P,-1)).transpose(2, 3)
     if offsets is None: return _straight(x, weight, geo) + m.shift.view(1,-1,1,1)
     parts, shifts = offsets.chunk(P, 1), m.shift.view(P, -1)
-    return torch.cat([_deform_line(x, weight[p], parts[p], o, geo.stride, shifts[p]) for p,o in enumerate(geo.lines)], 1)
+    out = [_deform_line(x, weight[p], parts[p], o, geo.stride, shifts[p]) for p,o in enumerate(geo.lines)]
+    return torch.cat(out, 1)
 
-# %% ../../nbs/20_models.snake.ipynb #b9210d2c
+# %% ../../nbs/20_models.snake.ipynb #704c9d1a
 @preserve_rng()
 def export_snake(
     m:DynamicSnakeConv, # a trained layer, in evaluation mode
