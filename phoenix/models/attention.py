@@ -25,6 +25,16 @@ def mid_width(
         raise PhoenixError(f"c and reduction must be at least 1, got c={c} and reduction={reduction}: correct them.")
     return max(least, c//reduction)
 
+# %% ../../nbs/21_models.attention.ipynb #b4088b27
+def _channels_last(x:Tensor)->bool:
+    "Whether channels lie side by side in memory; never while a network is traced"
+    return not torch.compiler.is_compiling() and x.stride(1)==1 and x.shape[1]>1
+
+def _laid_out_as(x:Tensor, g:Tensor)->Tensor:
+    "A gate in the memory format of the map: a product of two formats costs three times as much"
+    if torch.compiler.is_compiling(): return g
+    return g.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+
 # %% ../../nbs/21_models.attention.ipynb #d43db229
 class CoordinateAttention(nn.Module):
     "Gates by row and by column, for any rectangle"
@@ -42,8 +52,9 @@ class CoordinateAttention(nn.Module):
         x:Tensor, # `(B,c,H,W)`
     )->tuple[Tensor,Tensor]: # row gate `(B,c,H,1)`, column gate `(B,c,1,W)`, in (0, 1)
         "The two gates, before they are applied"
-        h = x.shape[2]
-        both = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2,3)], 2)
+        h, v = x.shape[2], x.permute(0,2,3,1)
+        if _channels_last(x): both = torch.cat([v.mean(2), v.mean(1)], 1).transpose(1, 2).unsqueeze(3)
+        else: both = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2,3)], 2)
         both = self.act(self.norm(self.squeeze(both)))
         return self.rows(both[:,:,:h]).sigmoid(), self.columns(both[:,:,h:]).sigmoid().transpose(2,3)
 
@@ -51,8 +62,9 @@ class CoordinateAttention(nn.Module):
         x:Tensor, # `(B,c,H,W)`
     )->Tensor: # same shape
         "The map, weighed by row and by column"
-        rows, columns = self.gates(x)
-        return x*rows*columns
+        rows, columns = (_laid_out_as(x, g) for g in self.gates(x))
+        if torch.is_grad_enabled(): return x*rows*columns
+        return (x*rows).mul_(columns)
 
 # %% ../../nbs/21_models.attention.ipynb #3a32d7e2
 class SEAttention(nn.Module):
