@@ -89,7 +89,7 @@ def _step_block(p, g, m, v, n, before, numbers, a, b):
     if kept != 1: p.mul_(kept)
     p.addcdiv_(a, b, value=-lr * kept)
 
-# %% ../../nbs/31_train.optimizers.ipynb #804349b6
+# %% ../../nbs/31_train.optimizers.ipynb #3fc120f3
 def _step_fused(p, g, m, v, n, before, numbers):
     "One step in place, as one loop"
     w1, b2, w2, b3, w3, eps, lr, share, kept = numbers.unbind()
@@ -103,10 +103,10 @@ def _step_fused(p, g, m, v, n, before, numbers):
 @functools.cache
 def _compiled(): return torch.compile(_step_fused, dynamic=True, fullgraph=True)
 
-# %% ../../nbs/31_train.optimizers.ipynb #1a81528a
+# %% ../../nbs/31_train.optimizers.ipynb #8056d725
 MEMORIES = 'exp_avg', 'exp_avg_diff', 'exp_avg_sq', 'pre_grad' # m, v, n and the gradient before
 BLOCK = 2**17 # numbers gone through at once on a CPU: few calls, and the buffers stay in its cache
-LARGE = 2**18 # numbers from which a parameter's gradient is not copied
+LARGE = 2**20 # numbers from which a parameter's gradient is not copied
 
 
 class _Flat:
@@ -115,12 +115,12 @@ class _Flat:
         self.params, like = params, params[0]
         self.ends = list(itertools.accumulate((p.numel() for p in params), initial=0))
         self.buffers = [torch.zeros(self.ends[-1], dtype=like.dtype, device=like.device) for _ in range(6)]
-        self.grads = self.views(self.buffers[1])
-        for p, data, *memories in zip(params, *map(self.views, self.buffers[:1] + self.buffers[2:])):
+        self.grads, self.steps, self.blocks = self.views(self.buffers[1]), torch.zeros(len(params)), {}
+        for p, steps, data, *memories in zip(params, self.steps, *map(self.views, self.buffers[:1] + self.buffers[2:])):
             p.data, mine = data.copy_(p), state[p]
+            mine['step'] = steps.copy_(mine['step']) if 'step' in mine else steps
             for name, view in zip(MEMORIES, memories):
                 mine[name] = view.copy_(mine[name]) if name in mine else view
-            mine.setdefault('step', torch.tensor(0.))
         self.at = [p.data_ptr() for p in params]
         size = min(self.ends[-1], BLOCK) if like.device.type == 'cpu' else self.ends[-1]
         self.scratch = [torch.empty(max(size, 1), dtype=like.dtype, device=like.device) for _ in range(2)]
@@ -130,16 +130,17 @@ class _Flat:
         return [buffer.as_strided(p.shape, torch.empty_like(p).stride(), i) for p, i in zip(self.params, self.ends)]
 
     def in_place(self): return all(p.data_ptr() == a for p, a in zip(self.params, self.at))
-    def runs(self, state):
+    def runs(self):
         "Neighbours with a gradient and the same count: first, last + 1, and which step this is for them"
-        steps, start = [0 if p.grad is None else int(state[p]['step']) + 1 for p in self.params], 0
+        steps, start = self.steps.tolist(), 0
+        steps = [0 if p.grad is None else int(k) + 1 for p, k in zip(self.params, steps)]
         kinds = [(k, i if p.numel() >= LARGE else -1) for i, (k, p) in enumerate(zip(steps, self.params))]
         for (k, _), same in itertools.groupby(kinds):
             stop = start + len(list(same))
             if k: yield start, stop, k
             start = stop
 
-# %% ../../nbs/31_train.optimizers.ipynb #5ddd4014
+# %% ../../nbs/31_train.optimizers.ipynb #5d39f7f2
 def _gradient(flat, i, j):
     "Flat gradient of the parameters from `i` to before `j`: a large one where it lies, others gathered"
     grads, views = [p.grad for p in flat.params[i:j]], flat.grads[i:j]
@@ -150,20 +151,27 @@ def _gradient(flat, i, j):
     return flat.buffers[1][flat.ends[i]:flat.ends[j]]
 
 
+def _blocks(flat, start, stop, size):
+    "Weights, memories and scratch of each block of a stretch of the flat memory, with its place in the stretch"
+    if (start, stop) not in flat.blocks:
+        cuts = [(at, min(at + size, stop)) for at in range(start, stop, size)]
+        flat.blocks[start, stop] = [(slice(at - start, end - start), [b[at:end] for b in flat.buffers],
+                                     [s[:end - at] for s in flat.scratch]) for at, end in cuts]
+    return flat.blocks[start, stop]
+
+
 def _step_run(flat, group, run, compiled):
     "One step of neighbouring parameters"
     i, j, k = run
     start, stop, numbers, g = flat.ends[i], flat.ends[j], _numbers(group, k), _gradient(flat, i, j)
     if k == 1: flat.buffers[5][start:stop] = g
+    if compiled: numbers = torch.tensor(numbers, dtype=torch.float64).to(g)
     size = stop - start if compiled else len(flat.scratch[0])
-    for at in range(start, stop, size):
-        end = min(at + size, stop)
-        p, _, *memories = (b[at:end] for b in flat.buffers)
-        block = p, g[at - start:end - start], *memories
-        if compiled: _compiled()(*block, torch.tensor(numbers, dtype=torch.float64).to(g))
-        else: _step_block(*block, numbers, *(s[:end - at] for s in flat.scratch))
+    for place, (p, _, *memories), scratch in _blocks(flat, start, stop, size):
+        if compiled: _compiled()(p, g[place], *memories, numbers)
+        else: _step_block(p, g[place], *memories, numbers, *scratch)
 
-# %% ../../nbs/31_train.optimizers.ipynb #d5c7b0bf
+# %% ../../nbs/31_train.optimizers.ipynb #c1fed8e3
 class Adan(Optimizer):
     "Adan of Xie et al. (2022), on flat memory and with a step count for each parameter"
     _state = _flats = None
@@ -198,12 +206,12 @@ class Adan(Optimizer):
         "Move every parameter that has a gradient; returns what `closure`, if given, returns"
         with torch.enable_grad(): loss = None if closure is None else closure()
         for group, flat in self._laid_out():
-            for run in list(flat.runs(self.state)):
+            for run in list(flat.runs()):
                 _step_run(flat, group, run, self.compiled)
-                torch._foreach_add_([self.state[p]['step'] for p in flat.params[run[0]:run[1]]], 1)
+                flat.steps[run[0]:run[1]] += 1
         return loss
 
-# %% ../../nbs/31_train.optimizers.ipynb #f1ae47c8
+# %% ../../nbs/31_train.optimizers.ipynb #ddc153e6
 def adan(
     params:Iterable, # parameters, or lists of them
     lr:float=1e-3, # learning rate
@@ -246,7 +254,7 @@ def get_optimizer(
     if name in known: return known[name]
     raise OptimizerError(f'the optimizer must be one of {", ".join(known)}, got {name!r}{did_you_mean(name, known)}')
 
-# %% ../../nbs/31_train.optimizers.ipynb #c081073a
+# %% ../../nbs/31_train.optimizers.ipynb #49c748b9
 class SharpnessAware(Callback):
     "Take each gradient at the point of steepest ascent nearby, after Foret et al. (2021)"
     order, run_valid = 5, False
@@ -270,7 +278,7 @@ class SharpnessAware(Callback):
         with _still_norms(self.learn.model): self.loss_func(self.learn.model(*self.xb), *self.yb).backward()
         with torch.no_grad(): torch._foreach_copy_(params, kept)
 
-# %% ../../nbs/31_train.optimizers.ipynb #8df5584d
+# %% ../../nbs/31_train.optimizers.ipynb #35e4daf6
 class _still_norms:
     "Batch normalisation inside the block uses the batch and leaves its running averages alone"
     def __init__(self, model):

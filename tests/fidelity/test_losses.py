@@ -227,7 +227,7 @@ def test_uniform_predictions(k):
 
 @pytest.mark.parametrize("cls", [case("S2-edge-monotone-ce", CrossEntropy), case("S2-edge-monotone-focal", Focal)])
 def test_falls_with_confidence(cls):
-    z = torch.zeros(60, 3)
+    z = torch.zeros(60, 3, dtype=torch.float64)
     z[:, 0] = torch.linspace(-20, 20, 60)
     losses = cls(label_smoothing=0., reduction="none")(z, torch.zeros(60, dtype=torch.long))
     assert (losses.diff() < 0).all() and losses[-1] < 1e-6 and losses[0] > 19
