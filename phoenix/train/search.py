@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'ACCURACY', 'SAMPLERS', 'SearchError', 'sub_space', 'Objecti
            'open_study', 'search', 'trial_table', 'front', 'best_parameters', 'write_parameters', 'plot_search',
            'plot_front', 'training_options', 'fold_evaluator', 'Nested', 'nested_search']
 
-# %% ../../nbs/35_train.search.ipynb #933603da
+# %% ../../nbs/35_train.search.ipynb #8d2203f3
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ from ..plots import style
 from ..records import read_json, write_json, write_text
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/35_train.search.ipynb #603cf2d8
+# %% ../../nbs/35_train.search.ipynb #df1f14a6
 class SearchError(PhoenixError):
     "A search that cannot be made, resumed or read"
 
@@ -61,7 +61,7 @@ def sub_space(
                               f'{did_you_mean(n, SPACE)}')
     return {n: SPACE[n] for n in names}
 
-# %% ../../nbs/35_train.search.ipynb #bd921bdb
+# %% ../../nbs/35_train.search.ipynb #22819bb5
 @dataclass(frozen=True)
 class Objective:
     "A number that a search makes large or small"
@@ -80,7 +80,7 @@ def mean_accuracy(
 
 ACCURACY = Objective('accuracy', 'maximize', mean_accuracy)
 
-# %% ../../nbs/35_train.search.ipynb #527364ff
+# %% ../../nbs/35_train.search.ipynb #cfc06bf3
 SAMPLERS = dict(tpe=TPESampler, random=RandomSampler, nsga2=NSGAIISampler)
 
 
@@ -102,7 +102,8 @@ class KeyedSampler(BaseSampler):
         self.inner = SAMPLERS[self.name](seed=seed, **self.options)
 
     def before_trial(self, study, trial):
-        self._renew(trial.number)
+        earlier = study.get_trials(deepcopy=False)[:trial.number]
+        self._renew(trial.number - sum('continues' in t.user_attrs for t in earlier)) # a killed trial counts once
         self.inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study, trial): return self.inner.infer_relative_search_space(study, trial)
@@ -111,7 +112,7 @@ class KeyedSampler(BaseSampler):
     def after_trial(self, study, trial, state, values): self.inner.after_trial(study, trial, state, values)
     def reseed_rng(self): "Nothing to do: no draw depends on an earlier one"
 
-# %% ../../nbs/35_train.search.ipynb #a2a63e7a
+# %% ../../nbs/35_train.search.ipynb #e6df9a63
 class _SystemLock:
     "Optuna's interface to a lock that dies with its process"
     def __init__(self, path): self.lock = FileLock(path)
@@ -129,7 +130,7 @@ def _quiet():
     try: yield
     finally: optuna.logging.set_verbosity(was)
 
-# %% ../../nbs/35_train.search.ipynb #cbc50fe0
+# %% ../../nbs/35_train.search.ipynb #d6ce45c9
 def _agree(folder, plan):
     "Write the plan of a new search, or hold this one to it"
     path = folder/'search.json'
@@ -167,7 +168,7 @@ def open_study(
     if not study.user_attrs: study.set_user_attr('objectives', [o.name for o in objectives])
     return study
 
-# %% ../../nbs/35_train.search.ipynb #f8328134
+# %% ../../nbs/35_train.search.ipynb #d2e1ce4c
 def _lock_of(folder, number): return FileLock(Path(folder)/f'trial{number:04d}.lock')
 
 
@@ -181,7 +182,7 @@ def _reclaim(study, folder):
                 study.enqueue_trial(t.params, user_attrs=again)
         except Timeout: continue # another process is at work on it
 
-# %% ../../nbs/35_train.search.ipynb #815e01a7
+# %% ../../nbs/35_train.search.ipynb #497e6061
 def _claim(study, folder, space, trials):
     "The next trial and its held lock, None when there are enough"
     with FileLock(folder/'ask.lock'):
@@ -195,7 +196,7 @@ def _claim(study, folder, space, trials):
         if 'folder' not in trial.user_attrs: trial.set_user_attr('folder', f'trial{trial.number:04d}')
         return trial, lock
 
-# %% ../../nbs/35_train.search.ipynb #b2d48f9f
+# %% ../../nbs/35_train.search.ipynb #e1c48911
 def _evaluate(study, trial, folds, objectives, steps):
     "Run the folds of one trial until it is done or not worth going on"
     done = []
@@ -208,7 +209,7 @@ def _evaluate(study, trial, folds, objectives, steps):
     if len(objectives) == 1: trial.report(values[0], len(done) - 1)
     return study.tell(trial, values)
 
-# %% ../../nbs/35_train.search.ipynb #8126c251
+# %% ../../nbs/35_train.search.ipynb #03889d84
 def search(
     folder:Path, # of the search; several processes may share it
     evaluate:Callable[[dict,Path],Iterator], # parameters and the trial's folder → folds, one after the other
@@ -232,7 +233,7 @@ def search(
             finally: lock.release()
     return study
 
-# %% ../../nbs/35_train.search.ipynb #0d65e098
+# %% ../../nbs/35_train.search.ipynb #70241096
 def trial_table(
     study:Study, # of a search
 )->pd.DataFrame: # number, state, one column for each objective, parameters, error
@@ -266,7 +267,7 @@ def best_parameters(
     number = front(study).number[0]
     return dict(study.trials[number].params)
 
-# %% ../../nbs/35_train.search.ipynb #137d7abb
+# %% ../../nbs/35_train.search.ipynb #48a60648
 def write_parameters(
     path:Path, # YAML file to write
     params:Mapping[str,Any], # by name, plain values
@@ -282,7 +283,7 @@ def write_parameters(
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
     return write_text(path, (f'# {note}\n' if note else '') + yaml.safe_dump(plain, sort_keys=False))
 
-# %% ../../nbs/35_train.search.ipynb #118a73c5
+# %% ../../nbs/35_train.search.ipynb #919fbbeb
 def plot_search(
     study:Study, # of a search
     *,
@@ -304,7 +305,7 @@ def plot_search(
         ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/35_train.search.ipynb #1e9c1035
+# %% ../../nbs/35_train.search.ipynb #017bcc78
 def plot_front(
     study:Study, # of a search with two or more objectives
     *,
@@ -325,7 +326,7 @@ def plot_front(
         ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/35_train.search.ipynb #1292ac82
+# %% ../../nbs/35_train.search.ipynb #17f2ef63
 def training_options(
     options:Mapping[str,Any], # of `iter_folds`
     params:Mapping[str,Any], # found by a search
@@ -350,7 +351,7 @@ def fold_evaluator(
             if weights.is_dir(): shutil.rmtree(weights)
     return evaluate
 
-# %% ../../nbs/35_train.search.ipynb #6c3fe6cd
+# %% ../../nbs/35_train.search.ipynb #3c92aeca
 @dataclass(frozen=True)
 class Nested:
     "What a nested search leaves"
