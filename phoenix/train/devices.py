@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.devices.html.md"""
 __all__ = ['DeviceError', 'ShardedDL', 'shard_loaders', 'share_norms', 'process_group', 'Parallel', 'ValidShares', 'RankDropout',
            'write_job', 'learner_of_job', 'run_job', 'main', 'launch', 'train_on_devices']
 
-# %% ../../nbs/36_train.devices.ipynb #93a11e18
+# %% ../../nbs/36_train.devices.ipynb #7aa13a16
 import contextlib, inspect, io, math, os, shutil, subprocess, sys, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -33,11 +33,11 @@ from ..settings import PhoenixError, did_you_mean
 from .folds import make_network
 from .losses import CrossEntropy
 
-# %% ../../nbs/36_train.devices.ipynb #edc3ce43
+# %% ../../nbs/36_train.devices.ipynb #c9e6063f
 class DeviceError(TrainError):
     "A training on several devices that cannot start, or that one of them ended"
 
-
+# %% ../../nbs/36_train.devices.ipynb #36a0114c
 class ShardedDL(KeyedDL):
     "The part of each batch of a `KeyedDL` that one of several processes gets"
     def __init__(self,
@@ -56,7 +56,7 @@ class ShardedDL(KeyedDL):
 
     def __len__(self)->int: return self.n // (self.bs*self.world)
 
-# %% ../../nbs/36_train.devices.ipynb #c2876beb
+# %% ../../nbs/36_train.devices.ipynb #35ed8a0f
 def shard_loaders(
     dls:SliceLoaders, # of the whole training
     rank:int, # which process this is
@@ -70,7 +70,7 @@ def shard_loaders(
     return SliceLoaders(train, dls.valid, dls.test, device=dls.device, certificate=dls.certificate,
                         shuffled_labels=dls.shuffled_labels)
 
-# %% ../../nbs/36_train.devices.ipynb #e93cd3fa
+# %% ../../nbs/36_train.devices.ipynb #caeeb8c7
 class _Averaged(torch.autograd.Function):
     "The mean over processes; its gradient is the mean of theirs"
     @staticmethod
@@ -82,7 +82,7 @@ class _Averaged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _Averaged.forward(ctx, g.contiguous())
 
-
+# %% ../../nbs/36_train.devices.ipynb #f71edb5c
 class _SharedNorm(nn.modules.batchnorm._BatchNorm):
     "Batch normalisation with the statistics of all processes"
     def _check_input_dim(self, x): "Any shape with channels second"
@@ -99,7 +99,7 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
         return centred * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
 
-# %% ../../nbs/36_train.devices.ipynb #b737b2c7
+# %% ../../nbs/36_train.devices.ipynb #068dc739
 def share_norms(
     model:nn.Module, # changed in place
 )->nn.Module: # with the same names of weights and buffers
@@ -110,7 +110,7 @@ def share_norms(
             m.__class__ = _SharedNorm
     return model
 
-
+# %% ../../nbs/36_train.devices.ipynb #ff63d55c
 @contextlib.contextmanager
 def process_group(
     backend:str='', # 'nccl' or 'gloo'; nccl where there is CUDA when empty
@@ -121,7 +121,7 @@ def process_group(
     try: yield dist.get_rank(), dist.get_world_size()
     finally: dist.destroy_process_group()
 
-# %% ../../nbs/36_train.devices.ipynb #976215c3
+# %% ../../nbs/36_train.devices.ipynb #f4f9a3be
 class Parallel(Callback):
     "Average gradients and training losses over the processes, and validate in shares"
     order = -11 # before fastai sets the network's mode
@@ -154,7 +154,7 @@ class Parallel(Callback):
     def after_batch(self):
         if self.training: self.learn.loss = _mean(self.learn.loss_grad.detach())
 
-# %% ../../nbs/36_train.devices.ipynb #117bf557
+# %% ../../nbs/36_train.devices.ipynb #107cd322
 def _mean(x):
     "The mean of a tensor over the processes, without a gradient"
     x = x.detach().as_subclass(Tensor).clone()
@@ -181,7 +181,7 @@ class ValidShares(Callback):
         dist.all_gather(parts, mine)
         self.learn.pred = torch.stack(parts, 1).flatten(0, 1)[:self.n]
 
-
+# %% ../../nbs/36_train.devices.ipynb #3a61e92f
 class RankDropout(Callback):
     "Seed torch from (seed, epoch, step, process) before every training batch"
     order, run_valid = -3, False # after `DropoutKey`
@@ -194,7 +194,7 @@ class RankDropout(Callback):
         torch.default_generator.manual_seed(key)
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(key)
 
-# %% ../../nbs/36_train.devices.ipynb #659bce97
+# %% ../../nbs/36_train.devices.ipynb #ec397548
 _STEPS = (make_loaders, make_learner, fit, make_loss)
 
 
@@ -211,7 +211,7 @@ def _sorted_options(options):
             raise DeviceError(f'an option must be one of {", ".join(sorted(every))}, got {k!r}{did_you_mean(k, every)}')
     return {name: {k: v for k, v in options.items() if k in names} for name, names in known.items()}
 
-
+# %% ../../nbs/36_train.devices.ipynb #0a122b1b
 def write_job(
     folder:Path, # gets manifest.json, certificate.json and job.json
     manifest:Manifest, # images and labels
@@ -239,7 +239,7 @@ def write_job(
                cache_dir=str(Path(cache_dir).resolve()), options=_sorted_options(options))
     return write_json(folder/'job.json', job)
 
-# %% ../../nbs/36_train.devices.ipynb #edd87362
+# %% ../../nbs/36_train.devices.ipynb #d63e17d9
 def learner_of_job(
     path:Path, # of `write_job`
     rank:int=0, # which process this is
@@ -250,7 +250,8 @@ def learner_of_job(
     path, job = Path(path), read_json(path)
     options, augment = job['options'], job['augment']
     dls = make_loaders(
-        Manifest.load(path.with_name('manifest.json'), job['root']), Certificate.load(path.with_name('certificate.json')),
+        Manifest.load(path.with_name('manifest.json'), job['root']),
+        Certificate.load(path.with_name('certificate.json')),
         Preprocess.from_spec(job['preprocess']), augment=Augment(**augment) if augment else None, progress=False,
         cache_dir=Path(job['cache_dir']), batch_size=job['batch_size'], seed=job['seed'], **options['make_loaders'])
     loss = make_loss(job['loss'], dls.train.dataset.targets, len(dls.vocab), **options['make_loss'])
@@ -263,7 +264,7 @@ def learner_of_job(
         learn.add_cb(GradientAccumulation(job['accumulate']*job['batch_size']//world))
     return learn
 
-# %% ../../nbs/36_train.devices.ipynb #07d762c4
+# %% ../../nbs/36_train.devices.ipynb #93ed0ace
 def _own_copy(run_dir, rank, scratch):
     "The run folder for process 0, a copy of its checkpoints for the others"
     if rank == 0: return Path(run_dir)
@@ -271,7 +272,7 @@ def _own_copy(run_dir, rank, scratch):
     if kept.is_dir(): shutil.copytree(kept, own/'checkpoints')
     return own
 
-
+# %% ../../nbs/36_train.devices.ipynb #50512874
 def run_job(
     path:Path, # of `write_job`
     rank:int, # which process this is
@@ -290,7 +291,7 @@ def run_job(
         dist.barrier()
     return learn
 
-# %% ../../nbs/36_train.devices.ipynb #2b7337b6
+# %% ../../nbs/36_train.devices.ipynb #5f560f92
 def main(
     path:str, # of `write_job`
 )->int: # exit status
@@ -305,15 +306,15 @@ def main(
 
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: sys.exit(main(sys.argv[1]))
 
-# %% ../../nbs/36_train.devices.ipynb #85ccc033
+# %% ../../nbs/36_train.devices.ipynb #8d055c5f
 def launch(
     path:Path, # of `write_job`
     devices:int, # processes; on CUDA one for each device
 )->None: # nothing: the run folder holds what was trained
     "Run a job by torchrun, and wait for it"
     if devices < 1 or torch.cuda.is_available() and devices > torch.cuda.device_count():
-        raise DeviceError(f'devices must be 1 or more, and no more than the {torch.cuda.device_count() or "wanted"} there '
-                          f'are, got {devices}: choose fewer')
+        raise DeviceError('devices must be 1 or more, and on CUDA no more than there are, got '
+                          f'{devices} with {torch.cuda.device_count()} on CUDA: choose others')
     refused = Path(path).with_name('refused.txt')
     refused.unlink(missing_ok=True)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={devices}',
@@ -325,10 +326,10 @@ def launch(
         if child.poll() is None: child.terminate()
     if refused.exists(): raise DeviceError(refused.read_text())
     if status:
-        raise DeviceError(f'all {devices} processes must end well, but torchrun ended with status {status}: see its lines '
-                          'above, and go on with resume=True')
+        raise DeviceError(f'all {devices} processes must end well, but torchrun ended with status {status}: see its '
+                          'lines above, and go on with resume=True')
 
-# %% ../../nbs/36_train.devices.ipynb #15399d8a
+# %% ../../nbs/36_train.devices.ipynb #6f654c6c
 def train_on_devices(
     manifest:Manifest, # images and labels
     certificate:Certificate, # which of them may train
@@ -340,8 +341,8 @@ def train_on_devices(
 )->Trained: # as of `train_classifier`
     "Train on several devices, then predict the validation and test images with the best weights"
     if not resume and (Path(run_dir)/'checkpoints').exists():
-        raise DeviceError('a new training must have a folder of its own, but this one holds a training: pass resume=True '
-                          'to go on with it, or another run_dir')
+        raise DeviceError('a new training must have a folder of its own, but this one holds a training: pass '
+                          'resume=True to go on with it, or another run_dir')
     with tempfile.TemporaryDirectory() as folder:
         path = write_job(Path(folder), manifest, certificate, run_dir=run_dir, **options)
         job = read_json(path)

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.ensembles.html.md"""
 __all__ = ['EnsembleError', 'average', 'vote', 'decide_vote', 'align', 'fit_weights', 'Stack', 'fit_stack', 'stack_out_of_fold',
            'save_stack', 'load_stack', 'refuse_fitted_rows']
 
-# %% ../../nbs/37_train.ensembles.ipynb #b08b526e
+# %% ../../nbs/37_train.ensembles.ipynb #35248a99
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..records import read_json, write_json
 from ..settings import PhoenixError
 from .folds import OutOfFold, check_out_of_fold
 
-# %% ../../nbs/37_train.ensembles.ipynb #44f106fb
+# %% ../../nbs/37_train.ensembles.ipynb #1910f192
 class EnsembleError(PhoenixError):
     "Predictions that cannot be joined, or that were made on what their networks saw"
 
@@ -34,7 +34,7 @@ def _stacked(probs, weights):
     if not len(probs): raise EnsembleError('an ensemble must have members, got none: pass one array a network')
     shapes = {np.shape(p) for p in probs}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        raise EnsembleError(f'all members must predict the same (N, K), got {sorted(shapes)}: predict the same pictures')
+        raise EnsembleError(f'all members must predict the same (N, K), got {sorted(shapes)}: predict one set')
     p = np.asarray(probs, np.float64)
     if not np.isfinite(p).all() or p.min() < 0 or np.abs(p.sum(-1) - 1).max() > 1e-6:
         raise EnsembleError('each row must be probabilities that sum to 1, some are not: apply softmax to logits first')
@@ -43,7 +43,7 @@ def _stacked(probs, weights):
         raise EnsembleError(f'weights must be {len(p)} numbers of 0 or more, not all 0, got {weights}: one a member')
     return p, w / w.sum()
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #a5d5b1b7
 def average(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # one for each member, 0 or more; equal when None
@@ -52,7 +52,7 @@ def average(
     p, w = _stacked(probs, weights)
     return np.einsum('m,mnk->nk', w, p)
 
-# %% ../../nbs/37_train.ensembles.ipynb #ac4d8587
+# %% ../../nbs/37_train.ensembles.ipynb #cc940e1f
 def vote(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # votes of each member; equal when None
@@ -61,7 +61,7 @@ def vote(
     p, w = _stacked(probs, weights)
     return np.einsum('m,mnk->nk', w, np.eye(p.shape[-1])[p.argmax(-1)])
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #d85cec39
 def decide_vote(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # votes of each member; equal when None
@@ -71,7 +71,7 @@ def decide_vote(
     most = shares >= shares.max(1, keepdims=True) - 1e-12
     return np.where(most, mean, -1).argmax(1)
 
-# %% ../../nbs/37_train.ensembles.ipynb #76250cbc
+# %% ../../nbs/37_train.ensembles.ipynb #c7fece83
 def align(
     members:Sequence[OutOfFold], # one table for each network
 )->list[OutOfFold]: # the same rows in the same order, sorted by path
@@ -88,7 +88,7 @@ def align(
                                     'each network with the same certificates')
     return [OutOfFold(t, m.classes) for m, t in zip(members, tables)]
 
-# %% ../../nbs/37_train.ensembles.ipynb #14b31bb1
+# %% ../../nbs/37_train.ensembles.ipynb #96da75bf
 def _probs(members): return np.stack([m.probs for m in members])
 
 
@@ -100,21 +100,22 @@ def fit_weights(
     p, y = _probs(members), members[0].targets
     right = np.clip(p[:, np.arange(len(y)), y], 1e-12, 1)
     def loss(w): return -np.log(w @ right).mean(), -(right/(w @ right)).mean(1)
-    start = np.full(len(p), 1/len(p))
+    start, whole = np.full(len(p), 1/len(p)), dict(type='eq', fun=lambda w: w.sum() - 1, jac=np.ones_like)
     with threadpool_limits(1, 'blas'):
-        found = minimize(loss, start, jac=True, method='SLSQP', bounds=[(0, 1)]*len(p), options=dict(ftol=1e-12, maxiter=500),
-                         constraints=dict(type='eq', fun=lambda w: w.sum() - 1, jac=lambda w: np.ones_like(w)))
+        found = minimize(loss, start, jac=True, method='SLSQP', bounds=[(0, 1)]*len(p),
+                         options=dict(ftol=1e-12, maxiter=500), constraints=whole)
     if not found.success: raise EnsembleError(f'the weights must converge, but {found.message}: average instead')
     w = np.clip(found.x, 0, None)
     return w / w.sum()
 
-# %% ../../nbs/37_train.ensembles.ipynb #b22af1cc
+# %% ../../nbs/37_train.ensembles.ipynb #f79c9c67
 def _features(probs): return np.concatenate([np.log(np.clip(p, 1e-6, 1)) for p in probs], axis=1)
 
 
-def _row_ids(table): return [hashlib.sha256(f'{p}\0{s}'.encode()).hexdigest()[:16] for p, s in zip(table.path, table.sha256)]
+def _row_ids(table):
+    return [hashlib.sha256(f'{p}\0{s}'.encode()).hexdigest()[:16] for p, s in zip(table.path, table.sha256)]
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #41ccf04b
 @dataclass(frozen=True)
 class Stack:
     "A regression from the members' log probabilities to the label"
@@ -129,13 +130,14 @@ class Stack:
         "Probabilities of new pictures"
         p, _ = _stacked(probs, None)
         if p.shape[0]*p.shape[2] != self.coef.shape[1] or p.shape[2] != len(self.classes):
-            raise EnsembleError(f'there must be {self.coef.shape[1]//len(self.classes)} members with {len(self.classes)} '
-                                f'classes, got {p.shape[0]} with {p.shape[2]}: pass those of the fit in their order')
+            raise EnsembleError(f'there must be {self.coef.shape[1]//len(self.classes)} members with '
+                                f'{len(self.classes)} classes, got {p.shape[0]} with {p.shape[2]}: pass those of the '
+                                'fit in their order')
         z = _features(p) @ self.coef.T + self.intercept
         e = np.exp(z - z.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
-# %% ../../nbs/37_train.ensembles.ipynb #2f229cfb
+# %% ../../nbs/37_train.ensembles.ipynb #821f7494
 def _regress(x, y, k, strength):
     "Coefficients `(K,D)` and intercepts `(K,)`, also for two classes"
     if len(set(y)) < k: raise EnsembleError(f'each of {k} classes must have rows to fit on, only {sorted(set(y))} have')
@@ -143,7 +145,7 @@ def _regress(x, y, k, strength):
     if k > 2: return m.coef_, m.intercept_
     return np.concatenate([-m.coef_, m.coef_])/2, np.concatenate([-m.intercept_, m.intercept_])/2
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #ee5f78b6
 def fit_stack(
     members:Sequence[OutOfFold], # one table for each network
     *,
@@ -155,7 +157,7 @@ def fit_stack(
     coef, intercept = _regress(_features(_probs(members)), members[0].targets, len(classes), strength)
     return Stack(coef, intercept, list(classes), _row_ids(table))
 
-# %% ../../nbs/37_train.ensembles.ipynb #1416c6a8
+# %% ../../nbs/37_train.ensembles.ipynb #2efb78c9
 def stack_out_of_fold(
     members:Sequence[OutOfFold], # one table for each network
     *,
@@ -166,8 +168,8 @@ def stack_out_of_fold(
     base, x, k = members[0], _features(_probs(members)), len(members[0].classes)
     crossing = base.table.groupby('group').fold.nunique().gt(1).sum()
     if crossing:
-        raise EnsembleError(f'each group must lie in one fold, {crossing} lie in several: a stack fitted on one part of a '
-                            'group would be tested on another')
+        raise EnsembleError(f'each group must lie in one fold, {crossing} lie in several: a stack fitted on one part '
+                            'of a group would be tested on another')
     out = np.zeros((len(x), k))
     for f in np.unique(base.folds):
         rest = base.folds != f
@@ -175,7 +177,7 @@ def stack_out_of_fold(
         out[~rest] = x[~rest] @ coef.T + intercept
     return OutOfFold(base.table.assign(**{f'logit {c}': out[:, i] for i, c in enumerate(base.classes)}), base.classes)
 
-# %% ../../nbs/37_train.ensembles.ipynb #831d2784
+# %% ../../nbs/37_train.ensembles.ipynb #1f065d6b
 def save_stack(
     stack:Stack, # from `fit_stack`
     path:Path, # JSON file to write
@@ -184,7 +186,7 @@ def save_stack(
     return write_json(path, dict(coef=stack.coef, intercept=stack.intercept, classes=stack.classes,
                                  fitted_on=stack.fitted_on))
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #227052c3
 def load_stack(
     path:Path, # JSON file of `save_stack`
 )->Stack: # equal to the one that was saved
@@ -194,7 +196,7 @@ def load_stack(
         raise EnsembleError(f'{Path(path).name} must be a stack, it is another file: make it with save_stack')
     return Stack(np.array(d['coef']), np.array(d['intercept']), d['classes'], d['fitted_on'])
 
-
+# %% ../../nbs/37_train.ensembles.ipynb #6575350f
 def refuse_fitted_rows(
     stack:Stack, # about to be measured
     table:pd.DataFrame, # rows to be measured on, with path and sha256

@@ -9,7 +9,7 @@ __all__ = ['SPACE', 'ACCURACY', 'SAMPLERS', 'SearchError', 'sub_space', 'Objecti
            'open_study', 'search', 'trial_table', 'front', 'best_parameters', 'write_parameters', 'plot_search',
            'plot_front', 'training_options', 'fold_evaluator', 'Nested', 'nested_search']
 
-# %% ../../nbs/35_train.search.ipynb #8d2203f3
+# %% ../../nbs/35_train.search.ipynb #319e2b0a
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ from ..plots import style
 from ..records import read_json, write_json, write_text
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/35_train.search.ipynb #df1f14a6
+# %% ../../nbs/35_train.search.ipynb #03af4fad
 class SearchError(PhoenixError):
     "A search that cannot be made, resumed or read"
 
@@ -50,7 +50,7 @@ SPACE = dict(
     dropout=FloatDistribution(0., .5), loss=CategoricalDistribution(['cross_entropy', 'focal']),
     label_smoothing=FloatDistribution(0., .2), warmup_epochs=IntDistribution(0, 8))
 
-
+# %% ../../nbs/35_train.search.ipynb #143da684
 def sub_space(
     names:Sequence[str], # parameters of `SPACE`
 )->dict[str,BaseDistribution]: # those alone
@@ -61,7 +61,7 @@ def sub_space(
                               f'{did_you_mean(n, SPACE)}')
     return {n: SPACE[n] for n in names}
 
-# %% ../../nbs/35_train.search.ipynb #22819bb5
+# %% ../../nbs/35_train.search.ipynb #915f059b
 @dataclass(frozen=True)
 class Objective:
     "A number that a search makes large or small"
@@ -80,7 +80,16 @@ def mean_accuracy(
 
 ACCURACY = Objective('accuracy', 'maximize', mean_accuracy)
 
-# %% ../../nbs/35_train.search.ipynb #cfc06bf3
+# %% ../../nbs/35_train.search.ipynb #28626242
+@contextmanager
+def _quiet():
+    "Without Optuna's lines about each step"
+    was = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try: yield
+    finally: optuna.logging.set_verbosity(was)
+
+
 SAMPLERS = dict(tpe=TPESampler, random=RandomSampler, nsga2=NSGAIISampler)
 
 
@@ -108,11 +117,13 @@ class KeyedSampler(BaseSampler):
 
     def infer_relative_search_space(self, study, trial): return self.inner.infer_relative_search_space(study, trial)
     def sample_relative(self, study, trial, space): return self.inner.sample_relative(study, trial, space)
-    def sample_independent(self, study, trial, name, dist): return self.inner.sample_independent(study, trial, name, dist)
+    def sample_independent(self, study, trial, name, dist):
+        return self.inner.sample_independent(study, trial, name, dist)
+
     def after_trial(self, study, trial, state, values): self.inner.after_trial(study, trial, state, values)
     def reseed_rng(self): "Nothing to do: no draw depends on an earlier one"
 
-# %% ../../nbs/35_train.search.ipynb #e6df9a63
+# %% ../../nbs/35_train.search.ipynb #6f0139f1
 class _SystemLock:
     "Optuna's interface to a lock that dies with its process"
     def __init__(self, path): self.lock = FileLock(path)
@@ -121,16 +132,7 @@ class _SystemLock:
         return True
     def release(self): self.lock.release()
 
-
-@contextmanager
-def _quiet():
-    "Without Optuna's lines about each step"
-    was = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try: yield
-    finally: optuna.logging.set_verbosity(was)
-
-# %% ../../nbs/35_train.search.ipynb #d6ce45c9
+# %% ../../nbs/35_train.search.ipynb #222692b5
 def _agree(folder, plan):
     "Write the plan of a new search, or hold this one to it"
     path = folder/'search.json'
@@ -140,7 +142,8 @@ def _agree(folder, plan):
     changed = [k for k in sorted(set(was) | set(plan)) if was.get(k) != plan.get(k)]
     if changed:
         told = '; '.join(f'{k} was {was.get(k)!r} and is {plan.get(k)!r}'[:200] for k in changed)
-        raise SearchError(f'a resumed search must be the one it began as, but {told}: restore it, or use another folder')
+        raise SearchError(f'a resumed search must be the one it began as, but {told}: restore it, or use another '
+                          'folder')
 
 
 def open_study(
@@ -154,7 +157,8 @@ def open_study(
 )->Study: # Optuna's
     "Begin a search in a folder, or open the one that is there"
     folder, space = Path(folder), SPACE if space is None else space
-    if not space or not objectives: raise SearchError('a search must have parameters and objectives, got none: name some')
+    if not space or not objectives:
+        raise SearchError('a search must have parameters and objectives, got none: name some')
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder, dict(space={k: distribution_to_json(d) for k, d in space.items()}, sampler=sampler, seed=seed,
                         objectives=[[o.name, o.direction] for o in objectives], about=dict(about or {})))
@@ -168,7 +172,7 @@ def open_study(
     if not study.user_attrs: study.set_user_attr('objectives', [o.name for o in objectives])
     return study
 
-# %% ../../nbs/35_train.search.ipynb #d2e1ce4c
+# %% ../../nbs/35_train.search.ipynb #b758a091
 def _lock_of(folder, number): return FileLock(Path(folder)/f'trial{number:04d}.lock')
 
 
@@ -182,7 +186,7 @@ def _reclaim(study, folder):
                 study.enqueue_trial(t.params, user_attrs=again)
         except Timeout: continue # another process is at work on it
 
-# %% ../../nbs/35_train.search.ipynb #497e6061
+# %% ../../nbs/35_train.search.ipynb #c8e61784
 def _claim(study, folder, space, trials):
     "The next trial and its held lock, None when there are enough"
     with FileLock(folder/'ask.lock'):
@@ -196,7 +200,7 @@ def _claim(study, folder, space, trials):
         if 'folder' not in trial.user_attrs: trial.set_user_attr('folder', f'trial{trial.number:04d}')
         return trial, lock
 
-# %% ../../nbs/35_train.search.ipynb #e1c48911
+# %% ../../nbs/35_train.search.ipynb #dc002748
 def _evaluate(study, trial, folds, objectives, steps):
     "Run the folds of one trial until it is done or not worth going on"
     done = []
@@ -209,7 +213,7 @@ def _evaluate(study, trial, folds, objectives, steps):
     if len(objectives) == 1: trial.report(values[0], len(done) - 1)
     return study.tell(trial, values)
 
-# %% ../../nbs/35_train.search.ipynb #03889d84
+# %% ../../nbs/35_train.search.ipynb #03a5cb3e
 def search(
     folder:Path, # of the search; several processes may share it
     evaluate:Callable[[dict,Path],Iterator], # parameters and the trial's folder → folds, one after the other
@@ -233,7 +237,7 @@ def search(
             finally: lock.release()
     return study
 
-# %% ../../nbs/35_train.search.ipynb #70241096
+# %% ../../nbs/35_train.search.ipynb #7be38b8c
 def trial_table(
     study:Study, # of a search
 )->pd.DataFrame: # number, state, one column for each objective, parameters, error
@@ -244,7 +248,7 @@ def trial_table(
         return dict(number=t.number, state=t.state.name, **values, **t.params, error=t.user_attrs.get('error', ''))
     return pd.DataFrame([row(t) for t in study.get_trials(deepcopy=False)])
 
-
+# %% ../../nbs/35_train.search.ipynb #4f88a793
 def front(
     study:Study, # of a search
 )->pd.DataFrame: # as `trial_table`, sorted by the first objective
@@ -257,7 +261,7 @@ def front(
     table = trial_table(study)
     return table[table.number.isin(best)].sort_values(study.user_attrs['objectives'][0], ignore_index=True)
 
-
+# %% ../../nbs/35_train.search.ipynb #a440c94f
 def best_parameters(
     study:Study, # of a search with one objective
 )->dict: # by name
@@ -267,7 +271,7 @@ def best_parameters(
     number = front(study).number[0]
     return dict(study.trials[number].params)
 
-# %% ../../nbs/35_train.search.ipynb #48a60648
+# %% ../../nbs/35_train.search.ipynb #47af34fe
 def write_parameters(
     path:Path, # YAML file to write
     params:Mapping[str,Any], # by name, plain values
@@ -283,7 +287,7 @@ def write_parameters(
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in params.items()}
     return write_text(path, (f'# {note}\n' if note else '') + yaml.safe_dump(plain, sort_keys=False))
 
-# %% ../../nbs/35_train.search.ipynb #919fbbeb
+# %% ../../nbs/35_train.search.ipynb #17881d5f
 def plot_search(
     study:Study, # of a search
     *,
@@ -305,7 +309,7 @@ def plot_search(
         ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/35_train.search.ipynb #017bcc78
+# %% ../../nbs/35_train.search.ipynb #9c4cddf6
 def plot_front(
     study:Study, # of a search with two or more objectives
     *,
@@ -326,7 +330,7 @@ def plot_front(
         ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/35_train.search.ipynb #17f2ef63
+# %% ../../nbs/35_train.search.ipynb #e23f10e2
 def training_options(
     options:Mapping[str,Any], # of `iter_folds`
     params:Mapping[str,Any], # found by a search
@@ -336,7 +340,7 @@ def training_options(
     changed = dict(options.get('model_options') or {}, **{k: params[k] for k in params if k == 'dropout'})
     return {**options, **mine, **(dict(model_options=changed) if changed else {})}
 
-
+# %% ../../nbs/35_train.search.ipynb #c3e2284f
 def fold_evaluator(
     manifest:Manifest, # images and labels
     certificates:Sequence[Certificate], # one for each fold
@@ -351,7 +355,7 @@ def fold_evaluator(
             if weights.is_dir(): shutil.rmtree(weights)
     return evaluate
 
-# %% ../../nbs/35_train.search.ipynb #3c92aeca
+# %% ../../nbs/35_train.search.ipynb #8b5f507c
 @dataclass(frozen=True)
 class Nested:
     "What a nested search leaves"
@@ -359,7 +363,7 @@ class Nested:
     values:list # accuracy of each outer fold
     chosen:list # parameters that were found for each outer fold
 
-
+# %% ../../nbs/35_train.search.ipynb #b40cfe4c
 def nested_search(
     manifest:Manifest, # images and labels
     certificates:Sequence[Certificate], # one for each outer fold
