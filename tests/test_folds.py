@@ -164,3 +164,29 @@ def test_a_killed_trial_goes_on_at_its_fold(data, tmp_path):
     again = search(tmp_path/"killed", fold_evaluator(manifest, certificates, **how), steps=3, trials=2, space=space)
     assert (tmp_path/"killed/trial0001/fold0/out_of_fold.csv").stat().st_mtime_ns == first
     assert [(t.params, t.values) for t in again.trials if t.state.name == "COMPLETE"] == [(t.params, t.values) for t in whole.trials]
+
+
+@pytest.mark.slow
+def test_what_a_search_found_is_what_an_experiment_runs(tmp_path):
+    "phoenix search writes the file, phoenix run -f takes it, and the run trains with it"
+    from notebooks import NBS
+    from phoenix.cli import parameter_search, split_make
+    from phoenix.data.acquire import acquire
+    from phoenix.experiments import read_parameters, run_experiment
+    from phoenix.records import read_json, verify_run
+    acquire("phantom", tmp_path/"raw", patients=24, seed=3, progress=False)
+    split_make(tmp_path/"raw", tmp_path/"split.json")
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as m:
+        m.chdir(NBS.parent)
+        for name, value in dict(CACHE_DIR=tmp_path/"cache", RUNS_DIR=tmp_path/"runs", BATCH_SIZE=8, THREADS=1).items():
+            m.setenv(f"PHOENIX_{name}", str(value))
+        found = parameter_search(tmp_path/"raw", tmp_path/"split.json", tmp_path/"search", trials=2, parameters="lr,opt,dropout",
+                                 model="plain_tiny_none", epochs=1, size=32, experiment="11_folds")
+        given = read_parameters([], found.data["files"][0])
+        run = run_experiment(NBS/"experiments/11_folds.ipynb", given, tmp_path/"runs", show="nothing")
+    assert verify_run(run).ok
+    best, metrics = found.data["best"][0], read_json(run/"metrics.json")
+    assert metrics["options"]["lr"] == best["lr"] and metrics["options"]["opt"] == best["opt"]
+    assert metrics["options"]["model_options"] == {"dropout": best["dropout"]}
+    assert len(metrics["folds"]) == 3 and metrics["accuracy"]["n_groups"] >= 20
