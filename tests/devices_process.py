@@ -28,9 +28,16 @@ class Cast(Callback):
 
 
 def phantom(folder):
-    "A small set and its split"
-    make_phantom(folder/"phantom", patients=24, slices=1, size=64, seed=3)
+    "A small set with classes of unequal size, so that weights matter, and its split"
+    make_phantom(folder/"made", patients=32, slices=1, size=64, seed=3)
+    rows = build_manifest(folder/"made", progress=False).table
+    few = rows.label.eq(rows.label.iloc[0]) & (rows.groupby("label").cumcount() > 3)
+    for r in rows[~few].itertuples():
+        to = folder/"phantom"/r.label/f"{r.Index}.png"
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes((folder/"made"/r.path).read_bytes())
     manifest = build_manifest(folder/"phantom", progress=False)
+    assert manifest.table.label.value_counts().nunique() > 1
     return manifest, make_split(manifest, find_pairs(manifest, progress=False), fractions=(.6, .2, .2))
 
 
