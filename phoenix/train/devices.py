@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.devices.html.md"""
 __all__ = ['DeviceError', 'ShardedDL', 'shard_loaders', 'share_norms', 'process_group', 'Parallel', 'ValidShares', 'RankDropout',
            'write_job', 'learner_of_job', 'run_job', 'main', 'launch', 'train_on_devices']
 
-# %% ../../nbs/36_train.devices.ipynb #1fa50be0
+# %% ../../nbs/36_train.devices.ipynb #b00b9473
 import contextlib, inspect, io, math, os, shutil, subprocess, sys, tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -34,11 +34,11 @@ from ..settings import PhoenixError, did_you_mean
 from .folds import make_network
 from .losses import CrossEntropy
 
-# %% ../../nbs/36_train.devices.ipynb #e7a0a9c7
+# %% ../../nbs/36_train.devices.ipynb #f35ffdad
 class DeviceError(TrainError):
     "A training on several devices that cannot start, or that one of them ended"
 
-# %% ../../nbs/36_train.devices.ipynb #dd71687d
+# %% ../../nbs/36_train.devices.ipynb #e216cfd7
 class ShardedDL(KeyedDL):
     "The part of each batch of a `KeyedDL` that one of several processes gets"
     def __init__(self,
@@ -57,7 +57,7 @@ class ShardedDL(KeyedDL):
 
     def __len__(self)->int: return self.n // (self.bs*self.world)
 
-# %% ../../nbs/36_train.devices.ipynb #d456de1d
+# %% ../../nbs/36_train.devices.ipynb #48fd5de7
 def shard_loaders(
     dls:SliceLoaders, # of the whole training
     rank:int, # which process this is
@@ -71,7 +71,7 @@ def shard_loaders(
     return SliceLoaders(train, dls.valid, dls.test, device=dls.device, certificate=dls.certificate,
                         shuffled_labels=dls.shuffled_labels)
 
-# %% ../../nbs/36_train.devices.ipynb #66493b18
+# %% ../../nbs/36_train.devices.ipynb #31b33aeb
 class _Averaged(torch.autograd.Function):
     "The mean over processes; its gradient is the mean of theirs"
     @staticmethod
@@ -83,7 +83,7 @@ class _Averaged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _Averaged.forward(ctx, g.contiguous())
 
-# %% ../../nbs/36_train.devices.ipynb #58ee4a35
+# %% ../../nbs/36_train.devices.ipynb #a90abf7f
 class _SharedNorm(nn.modules.batchnorm._BatchNorm):
     "Batch normalisation with the statistics of all processes"
     def _check_input_dim(self, x): "Any shape with channels second"
@@ -100,7 +100,7 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked += 1
         return centred * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
 
-# %% ../../nbs/36_train.devices.ipynb #bef526cf
+# %% ../../nbs/36_train.devices.ipynb #62a41025
 def share_norms(
     model:nn.Module, # changed in place
 )->nn.Module: # with the same names of weights and buffers
@@ -111,7 +111,7 @@ def share_norms(
             m.__class__ = _SharedNorm
     return model
 
-# %% ../../nbs/36_train.devices.ipynb #d915d088
+# %% ../../nbs/36_train.devices.ipynb #cfe511b3
 @contextlib.contextmanager
 def process_group(
     backend:str='', # 'nccl' or 'gloo'; nccl where there is CUDA when empty
@@ -122,7 +122,7 @@ def process_group(
     try: yield dist.get_rank(), dist.get_world_size()
     finally: dist.destroy_process_group()
 
-# %% ../../nbs/36_train.devices.ipynb #9ec872ce
+# %% ../../nbs/36_train.devices.ipynb #58552cbe
 class Parallel(Callback):
     "Average gradients and training losses over the processes, and validate in shares"
     order = -11 # before fastai sets the network's mode
@@ -155,7 +155,7 @@ class Parallel(Callback):
     def after_batch(self):
         if self.training: self.learn.loss = _mean(self.learn.loss_grad.detach())
 
-# %% ../../nbs/36_train.devices.ipynb #2d252be5
+# %% ../../nbs/36_train.devices.ipynb #2b536be8
 def _mean(x):
     "The mean of a tensor over the processes, without a gradient"
     x = x.detach().as_subclass(Tensor).clone()
@@ -182,7 +182,7 @@ class ValidShares(Callback):
         dist.all_gather(parts, mine)
         self.learn.pred = torch.stack(parts, 1).flatten(0, 1)[:self.n]
 
-# %% ../../nbs/36_train.devices.ipynb #ca8c94c8
+# %% ../../nbs/36_train.devices.ipynb #41621642
 class RankDropout(Callback):
     "Seed torch from (seed, epoch, step, process) before every training batch"
     order, run_valid = -3, False # after `DropoutKey`
@@ -195,7 +195,7 @@ class RankDropout(Callback):
         torch.default_generator.manual_seed(key)
         if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(key)
 
-# %% ../../nbs/36_train.devices.ipynb #6b3c43a7
+# %% ../../nbs/36_train.devices.ipynb #47029924
 _STEPS = (make_loaders, make_learner, fit, make_loss)
 
 
@@ -212,7 +212,7 @@ def _sorted_options(options):
             raise DeviceError(f'an option must be one of {", ".join(sorted(every))}, got {k!r}{did_you_mean(k, every)}')
     return {name: {k: v for k, v in options.items() if k in names} for name, names in known.items()}
 
-# %% ../../nbs/36_train.devices.ipynb #cb004c64
+# %% ../../nbs/36_train.devices.ipynb #0c391a62
 def write_job(
     folder:Path, # gets manifest.json, certificate.json and job.json
     manifest:Manifest, # images and labels
@@ -240,7 +240,7 @@ def write_job(
                cache_dir=str(Path(cache_dir).resolve()), options=_sorted_options(options))
     return write_json(folder/'job.json', job)
 
-# %% ../../nbs/36_train.devices.ipynb #3ba56c27
+# %% ../../nbs/36_train.devices.ipynb #be22f824
 def learner_of_job(
     path:Path, # of `write_job`
     rank:int=0, # which process this is
@@ -265,7 +265,7 @@ def learner_of_job(
         learn.add_cb(GradientAccumulation(job['accumulate']*job['batch_size']//world))
     return learn
 
-# %% ../../nbs/36_train.devices.ipynb #e2b73481
+# %% ../../nbs/36_train.devices.ipynb #536cfebb
 def _own_copy(run_dir, rank, scratch):
     "The run folder for process 0, a copy of its checkpoints for the others"
     if rank == 0: return Path(run_dir)
@@ -273,7 +273,7 @@ def _own_copy(run_dir, rank, scratch):
     if kept.is_dir(): shutil.copytree(kept, own/'checkpoints')
     return own
 
-# %% ../../nbs/36_train.devices.ipynb #7d416095
+# %% ../../nbs/36_train.devices.ipynb #658203c4
 def run_job(
     path:Path, # of `write_job`
     rank:int, # which process this is
@@ -292,7 +292,7 @@ def run_job(
         dist.barrier()
     return learn
 
-# %% ../../nbs/36_train.devices.ipynb #26a2bc14
+# %% ../../nbs/36_train.devices.ipynb #cd1a11ac
 def main(
     path:str, # of `write_job`
 )->int: # exit status
@@ -307,7 +307,7 @@ def main(
 
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: sys.exit(main(sys.argv[1]))
 
-# %% ../../nbs/36_train.devices.ipynb #596db3fe
+# %% ../../nbs/36_train.devices.ipynb #edc5e5d3
 def launch(
     path:Path, # of `write_job`
     devices:int, # processes; on CUDA one for each device
@@ -330,7 +330,7 @@ def launch(
         raise DeviceError(f'all {devices} processes must end well, but torchrun ended with status {status}: see its '
                           'lines above, and go on with resume=True')
 
-# %% ../../nbs/36_train.devices.ipynb #9711d1da
+# %% ../../nbs/36_train.devices.ipynb #440580df
 def train_on_devices(
     manifest:Manifest, # images and labels
     certificate:Certificate, # which of them may train

@@ -9,7 +9,7 @@ __all__ = ['FoldError', 'edges_as_pairs', 'fold_certificates', 'inner_certificat
            'save_out_of_fold', 'load_out_of_fold', 'FoldRun', 'make_network', 'iter_folds', 'join_folds',
            'CrossValidation', 'cross_validate']
 
-# %% ../../nbs/34_train.folds.ipynb #a4e9640b
+# %% ../../nbs/34_train.folds.ipynb #c86f07c7
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from ..records import read_json, write_json, write_text
 from ..settings import PhoenixError
 from .learner import History, KeyedLearner, Predictions, train_classifier
 
-# %% ../../nbs/34_train.folds.ipynb #3e3575b9
+# %% ../../nbs/34_train.folds.ipynb #9a1c0164
 class FoldError(PhoenixError):
     "A cross-validation that cannot be made, resumed or believed"
 
-# %% ../../nbs/34_train.folds.ipynb #159dc4cb
+# %% ../../nbs/34_train.folds.ipynb #df33fc5b
 def edges_as_pairs(
     certificate:Certificate, # of any split
 )->pd.DataFrame: # columns a, b, kind, distance, view, score, confirmed, as `find_pairs` gives them
@@ -40,7 +40,7 @@ def edges_as_pairs(
     columns = ['a', 'b', 'kind', 'distance', 'view', 'score']
     return pd.DataFrame(certificate.edges, columns=columns).assign(confirmed=True)
 
-# %% ../../nbs/34_train.folds.ipynb #1f465777
+# %% ../../nbs/34_train.folds.ipynb #4a9b452e
 def fold_certificates(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
@@ -56,7 +56,7 @@ def fold_certificates(
     after = dict(zip(known, known[1:] + known[:1]))
     return [make_split(manifest, pairs, rule='author', test_folds=(k,), valid_folds=(after[k],)) for k in known]
 
-# %% ../../nbs/34_train.folds.ipynb #7b0951f0
+# %% ../../nbs/34_train.folds.ipynb #71cb7634
 def _inner_folds(manifest, certificate, pairs, n, seed):
     "Path → fold, of the training and validation pictures of a certificate"
     kept = sorted(certificate.paths('train') + certificate.paths('valid'))
@@ -83,7 +83,7 @@ def inner_certificates(
         made.append(certify(manifest, pairs, side, 'inner folds', how))
     return made
 
-# %% ../../nbs/34_train.folds.ipynb #f6415935
+# %% ../../nbs/34_train.folds.ipynb #5b7a3d9a
 @dataclass(frozen=True)
 class OutOfFold:
     "Predictions of every picture by a network that did not see it"
@@ -117,7 +117,7 @@ class OutOfFold:
         "Fold whose network predicted each row"
         return self.table.fold.to_numpy(np.int64)
 
-# %% ../../nbs/34_train.folds.ipynb #917f2db7
+# %% ../../nbs/34_train.folds.ipynb #1e4e6362
 def seen_by(
     oof:OutOfFold, # predictions
 )->np.ndarray: # `(N,F)` bool, folds in ascending order
@@ -125,7 +125,7 @@ def seen_by(
     named = [set(map(int, str(s).split())) for s in oof.table.seen]
     return np.array([[k in s for k in sorted(set(oof.folds))] for s in named])
 
-# %% ../../nbs/34_train.folds.ipynb #03a4ac76
+# %% ../../nbs/34_train.folds.ipynb #7ca36bc2
 def check_out_of_fold(
     oof:OutOfFold, # predictions
 )->OutOfFold: # the same
@@ -140,7 +140,7 @@ def check_out_of_fold(
                         'join different folds')
     return oof
 
-# %% ../../nbs/34_train.folds.ipynb #a925e160
+# %% ../../nbs/34_train.folds.ipynb #24420a09
 def save_out_of_fold(
     oof:OutOfFold, # predictions
     path:Path, # CSV file to write
@@ -148,7 +148,7 @@ def save_out_of_fold(
     "Write the predictions, whole or not at all"
     return write_text(path, oof.table.to_csv(index=False, float_format='%.9g'))
 
-# %% ../../nbs/34_train.folds.ipynb #182ba704
+# %% ../../nbs/34_train.folds.ipynb #ccca0ec2
 def load_out_of_fold(
     path:Path, # CSV file of `save_out_of_fold`
 )->OutOfFold: # predictions, checked
@@ -164,7 +164,7 @@ def load_out_of_fold(
     table = table.astype({f'logit {c}': np.float32 for c in classes})
     return check_out_of_fold(OutOfFold(table, classes))
 
-# %% ../../nbs/34_train.folds.ipynb #0cbeef80
+# %% ../../nbs/34_train.folds.ipynb #527401e0
 @dataclass(frozen=True)
 class FoldRun:
     "One fold, trained and predicted"
@@ -178,7 +178,7 @@ class FoldRun:
         "Share of the fold's pictures whose largest logit is the label's"
         return float((self.predictions.logits.argmax(1) == self.predictions.targets).mean())
 
-# %% ../../nbs/34_train.folds.ipynb #155ad75c
+# %% ../../nbs/34_train.folds.ipynb #06b7ac86
 def _rows_of(manifest, certificates, k, predicted):
     "The table of one fold's predictions"
     c, t = certificates[k], predicted.rows
@@ -190,7 +190,7 @@ def _rows_of(manifest, certificates, k, predicted):
     logits = pd.DataFrame(predicted.logits, columns=[f'logit {n}' for n in predicted.classes])
     return OutOfFold(pd.concat([table.reset_index(drop=True), logits], axis=1), list(predicted.classes))
 
-# %% ../../nbs/34_train.folds.ipynb #02907475
+# %% ../../nbs/34_train.folds.ipynb #5ad16ea7
 def make_network(
     model:str, # its name
     options:dict|None, # of `create_model`; the name itself is returned without any
@@ -201,7 +201,7 @@ def make_network(
     if not options: return model
     with seeded(seed64(seed, 'weights')): return create_model(model, n_classes, **options)
 
-# %% ../../nbs/34_train.folds.ipynb #426bbc4c
+# %% ../../nbs/34_train.folds.ipynb #ada6e346
 _ASIDE = {'cache_dir', 'workers', 'progress', 'device', 'resume'} # what a result does not depend on
 
 
@@ -219,7 +219,7 @@ def _agree(run_dir, plan, resume):
         raise FoldError(f'a resumed cross-validation must be the one it began as, but {told}: restore it, or use '
                         'another run_dir')
 
-# %% ../../nbs/34_train.folds.ipynb #bffee133
+# %% ../../nbs/34_train.folds.ipynb #0e5551e6
 def iter_folds(
     manifest:Manifest, # images and labels
     certificates:Sequence[Certificate], # one for each fold
@@ -247,7 +247,7 @@ def iter_folds(
             how = dict(options, seed=seed, **(dict(resume=True) if resume else {}))
             yield _train_fold(manifest, certificates, k, network, folder, how)
 
-# %% ../../nbs/34_train.folds.ipynb #01bf894c
+# %% ../../nbs/34_train.folds.ipynb #a8a7b9ee
 def _train_fold(manifest, certificates, k, network, folder, options):
     "Train one fold, or go on with it, and keep its predictions"
     trained = train_classifier(manifest, certificates[k], model=network, run_dir=folder, **options)
@@ -255,7 +255,7 @@ def _train_fold(manifest, certificates, k, network, folder, options):
     if folder: save_out_of_fold(found, folder/'out_of_fold.csv')
     return FoldRun(k, found, trained.history, trained.learner)
 
-# %% ../../nbs/34_train.folds.ipynb #1c917c05
+# %% ../../nbs/34_train.folds.ipynb #6a5b3119
 def join_folds(
     runs:Sequence[FoldRun], # of different folds
 )->OutOfFold: # all their rows, sorted by path
@@ -267,7 +267,7 @@ def join_folds(
     table = pd.concat([r.predictions.table for r in runs], ignore_index=True).sort_values('path', ignore_index=True)
     return check_out_of_fold(OutOfFold(table, classes))
 
-# %% ../../nbs/34_train.folds.ipynb #129e520b
+# %% ../../nbs/34_train.folds.ipynb #3c0ab3e9
 @dataclass(frozen=True)
 class CrossValidation:
     "What a cross-validation leaves"
@@ -287,7 +287,7 @@ class CrossValidation:
 
     def __str__(self): return f'{self.mean:.3f} over {len(self.values)} folds (sd {self.spread:.3f})'
 
-# %% ../../nbs/34_train.folds.ipynb #f1911514
+# %% ../../nbs/34_train.folds.ipynb #477fa1f7
 def cross_validate(
     manifest:Manifest, # images and labels
     certificates:Sequence[Certificate], # one for each fold
