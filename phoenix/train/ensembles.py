@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.ensembles.html.md"""
 __all__ = ['EnsembleError', 'average', 'vote', 'decide_vote', 'align', 'fit_weights', 'Stack', 'fit_stack', 'stack_out_of_fold',
            'save_stack', 'load_stack', 'refuse_fitted_rows']
 
-# %% ../../nbs/37_train.ensembles.ipynb #35248a99
+# %% ../../nbs/37_train.ensembles.ipynb #5867c0fe
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..records import read_json, write_json
 from ..settings import PhoenixError
 from .folds import OutOfFold, check_out_of_fold
 
-# %% ../../nbs/37_train.ensembles.ipynb #1910f192
+# %% ../../nbs/37_train.ensembles.ipynb #e159190a
 class EnsembleError(PhoenixError):
     "Predictions that cannot be joined, or that were made on what their networks saw"
 
@@ -43,7 +43,7 @@ def _stacked(probs, weights):
         raise EnsembleError(f'weights must be {len(p)} numbers of 0 or more, not all 0, got {weights}: one a member')
     return p, w / w.sum()
 
-# %% ../../nbs/37_train.ensembles.ipynb #a5d5b1b7
+# %% ../../nbs/37_train.ensembles.ipynb #5514f15b
 def average(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # one for each member, 0 or more; equal when None
@@ -52,7 +52,7 @@ def average(
     p, w = _stacked(probs, weights)
     return np.einsum('m,mnk->nk', w, p)
 
-# %% ../../nbs/37_train.ensembles.ipynb #cc940e1f
+# %% ../../nbs/37_train.ensembles.ipynb #fccf6a57
 def vote(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # votes of each member; equal when None
@@ -61,7 +61,7 @@ def vote(
     p, w = _stacked(probs, weights)
     return np.einsum('m,mnk->nk', w, np.eye(p.shape[-1])[p.argmax(-1)])
 
-# %% ../../nbs/37_train.ensembles.ipynb #d85cec39
+# %% ../../nbs/37_train.ensembles.ipynb #9dca8843
 def decide_vote(
     probs:Sequence[np.ndarray], # one array `(N,K)` for each member
     weights:Sequence[float]|None=None, # votes of each member; equal when None
@@ -71,7 +71,7 @@ def decide_vote(
     most = shares >= shares.max(1, keepdims=True) - 1e-12
     return np.where(most, mean, -1).argmax(1)
 
-# %% ../../nbs/37_train.ensembles.ipynb #c7fece83
+# %% ../../nbs/37_train.ensembles.ipynb #fad38011
 def align(
     members:Sequence[OutOfFold], # one table for each network
 )->list[OutOfFold]: # the same rows in the same order, sorted by path
@@ -88,7 +88,7 @@ def align(
                                     'each network with the same certificates')
     return [OutOfFold(t, m.classes) for m, t in zip(members, tables)]
 
-# %% ../../nbs/37_train.ensembles.ipynb #96da75bf
+# %% ../../nbs/37_train.ensembles.ipynb #5e82928a
 def _probs(members): return np.stack([m.probs for m in members])
 
 
@@ -108,14 +108,14 @@ def fit_weights(
     w = np.clip(found.x, 0, None)
     return w / w.sum()
 
-# %% ../../nbs/37_train.ensembles.ipynb #f79c9c67
+# %% ../../nbs/37_train.ensembles.ipynb #4f4bee6a
 def _features(probs): return np.concatenate([np.log(np.clip(p, 1e-6, 1)) for p in probs], axis=1)
 
 
 def _row_ids(table):
     return [hashlib.sha256(f'{p}\0{s}'.encode()).hexdigest()[:16] for p, s in zip(table.path, table.sha256)]
 
-# %% ../../nbs/37_train.ensembles.ipynb #41ccf04b
+# %% ../../nbs/37_train.ensembles.ipynb #70f5f73e
 @dataclass(frozen=True)
 class Stack:
     "A regression from the members' log probabilities to the label"
@@ -137,7 +137,7 @@ class Stack:
         e = np.exp(z - z.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
-# %% ../../nbs/37_train.ensembles.ipynb #821f7494
+# %% ../../nbs/37_train.ensembles.ipynb #db89db37
 def _regress(x, y, k, strength):
     "Coefficients `(K,D)` and intercepts `(K,)`, also for two classes"
     if len(set(y)) < k: raise EnsembleError(f'each of {k} classes must have rows to fit on, only {sorted(set(y))} have')
@@ -145,7 +145,7 @@ def _regress(x, y, k, strength):
     if k > 2: return m.coef_, m.intercept_
     return np.concatenate([-m.coef_, m.coef_])/2, np.concatenate([-m.intercept_, m.intercept_])/2
 
-# %% ../../nbs/37_train.ensembles.ipynb #ee5f78b6
+# %% ../../nbs/37_train.ensembles.ipynb #eba774e7
 def fit_stack(
     members:Sequence[OutOfFold], # one table for each network
     *,
@@ -157,7 +157,7 @@ def fit_stack(
     coef, intercept = _regress(_features(_probs(members)), members[0].targets, len(classes), strength)
     return Stack(coef, intercept, list(classes), _row_ids(table))
 
-# %% ../../nbs/37_train.ensembles.ipynb #2efb78c9
+# %% ../../nbs/37_train.ensembles.ipynb #782c7444
 def stack_out_of_fold(
     members:Sequence[OutOfFold], # one table for each network
     *,
@@ -166,18 +166,15 @@ def stack_out_of_fold(
     "Out-of-fold predictions of the stack itself"
     members = align(members)
     base, x, k = members[0], _features(_probs(members)), len(members[0].classes)
-    crossing = base.table.groupby('group').fold.nunique().gt(1).sum()
-    if crossing:
-        raise EnsembleError(f'each group must lie in one fold, {crossing} lie in several: a stack fitted on one part '
-                            'of a group would be tested on another')
     out = np.zeros((len(x), k))
     for f in np.unique(base.folds):
-        rest = base.folds != f
+        mine = base.folds == f
+        rest = ~mine & ~np.isin(base.groups, base.groups[mine]) # a copy may lie in another fold
         coef, intercept = _regress(x[rest], base.targets[rest], k, strength)
-        out[~rest] = x[~rest] @ coef.T + intercept
+        out[mine] = x[mine] @ coef.T + intercept
     return OutOfFold(base.table.assign(**{f'logit {c}': out[:, i] for i, c in enumerate(base.classes)}), base.classes)
 
-# %% ../../nbs/37_train.ensembles.ipynb #1f065d6b
+# %% ../../nbs/37_train.ensembles.ipynb #3074e301
 def save_stack(
     stack:Stack, # from `fit_stack`
     path:Path, # JSON file to write
@@ -186,7 +183,7 @@ def save_stack(
     return write_json(path, dict(coef=stack.coef, intercept=stack.intercept, classes=stack.classes,
                                  fitted_on=stack.fitted_on))
 
-# %% ../../nbs/37_train.ensembles.ipynb #227052c3
+# %% ../../nbs/37_train.ensembles.ipynb #f297d76a
 def load_stack(
     path:Path, # JSON file of `save_stack`
 )->Stack: # equal to the one that was saved
@@ -196,7 +193,7 @@ def load_stack(
         raise EnsembleError(f'{Path(path).name} must be a stack, it is another file: make it with save_stack')
     return Stack(np.array(d['coef']), np.array(d['intercept']), d['classes'], d['fitted_on'])
 
-# %% ../../nbs/37_train.ensembles.ipynb #6575350f
+# %% ../../nbs/37_train.ensembles.ipynb #888385bd
 def refuse_fitted_rows(
     stack:Stack, # about to be measured
     table:pd.DataFrame, # rows to be measured on, with path and sha256
