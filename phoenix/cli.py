@@ -7,8 +7,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
-           'evaluate', 'export', 'quantize', 'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look',
-           'vault_verify']
+           'evaluate', 'cross_validation', 'parameter_search', 'export', 'quantize', 'bench', 'predict', 'run',
+           'verify', 'vault_seal', 'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -378,6 +378,7 @@ def train(
     seconds:float=0., # training budget in seconds; 0 = none
     size:int=0, # side of the network's input, pixels; the setting when 0
     seed:int=42, # root of all randomness
+    devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
     published_split:bool=False, # train on a leaking split for comparison; stamps every output
 )->Reply: # validation and test scores, and where run and model lie
     "Train a network on a certified split and package it"
@@ -389,7 +390,7 @@ def train(
     manifest, cert = build_manifest(folder), Certificate.load(certificate)
     run = Run.start("train", s.runs_dir, dict(folder=folder.name, **s.model_dump(mode="json")),
                     synthetic=manifest.synthetic)
-    try: scores = _train(run, manifest, cert, s, published_split)
+    try: scores = _train(run, manifest, cert, s, published_split, devices)
     except Exception as e:
         run.fail(f"{type(e).__name__}: {e}")
         raise
@@ -398,20 +399,12 @@ def train(
     return Reply(facts, lines([dict(part=k, **v) for k, v in scores.items()]) + f"\nmodel folder: {facts['model']}")
 
 # %% ../nbs/91_cli.ipynb #eb43841e
-def _train(run, manifest, cert, s, published_split):
+def _train(run, manifest, cert, s, published_split, devices=1):
     "Train, score and package inside `run`"
-    from phoenix.data.augment import Augment
     from phoenix.data.preprocess import Preprocess
     from phoenix.deploy.package import save_package
     from phoenix.evaluate.metrics import scores
-    from phoenix.keys import set_threads
-    from phoenix.train.learner import train_classifier
-    set_threads(s.threads)
-    trained = train_classifier(manifest, cert, model=s.model, preprocess=Preprocess(size=(s.size, s.size)),
-        augment=Augment.default(side=s.size), epochs=s.epochs, seconds=s.seconds, seed=s.seed,
-        batch_size=s.batch_size, lr=s.lr,
-        weight_decay=s.weight_decay, warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta,
-        cache_dir=s.cache_dir, run_dir=run.path, published_split=published_split)
+    trained = _trained(run, manifest, cert, s, published_split, devices)
     found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
                                                                        test=trained.test).items() if len(p.targets)}
     seen = _look(cert, trained.test.rows, trained.test.probs, trained.test.classes, f"{s.model}, seed {s.seed}",
@@ -426,6 +419,27 @@ def _train(run, manifest, cert, s, published_split):
     return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
 
 
+def _trained(run, manifest, cert, s, published_split, devices):
+    "The training of the settings, on one device or several"
+    from phoenix.train.devices import train_on_devices
+    from phoenix.train.learner import train_classifier
+    how = dict(_recipe(s), run_dir=run.path, published_split=published_split)
+    if s.seconds: how["seconds"] = s.seconds
+    if devices == 1: return train_classifier(manifest, cert, **how)
+    return train_on_devices(manifest, cert, devices, **how)
+
+
+def _recipe(s):
+    "What the settings say about a training"
+    from phoenix.data.augment import Augment
+    from phoenix.data.preprocess import Preprocess
+    from phoenix.keys import set_threads
+    set_threads(s.threads)
+    return dict(model=s.model, preprocess=Preprocess(size=(s.size, s.size)), augment=Augment.default(side=s.size),
+                epochs=s.epochs, seed=s.seed, batch_size=s.batch_size, lr=s.lr, weight_decay=s.weight_decay,
+                warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta, cache_dir=s.cache_dir)
+
+# %% ../nbs/91_cli.ipynb #fd85d9a9
 def _look(cert, rows, probs, classes, why, **how):
     "A look at the test labels of a certificate, counted in the folder of runs"
     from phoenix.evaluate.vault import predictions_of, test_vault
@@ -485,6 +499,112 @@ def _targets(package, rows):
     if strange: raise PhoenixError(f"The model knows {package.classes}, but the folder has {strange}; use the set it "
                                    "was trained on")
     return rows.label.map(package.classes.index).to_numpy()
+
+# %% ../nbs/91_cli.ipynb #6f3da1a4
+def _inside(folder, certificate, n, seed):
+    "Manifest, certificate and its inner folds"
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.splits import Certificate
+    from phoenix.train.folds import inner_certificates
+    manifest, cert = build_manifest(folder), Certificate.load(certificate)
+    if cert.manifest_sha256 != manifest.sha256:
+        raise PhoenixError("The certificate must speak of this folder, but its files changed; run `phoenix split "
+                           "make` again")
+    return manifest, cert, inner_certificates(manifest, cert, n=n, seed=seed)
+
+# %% ../nbs/91_cli.ipynb #0c6e0d29
+def _settings(**typed):
+    "Settings, with those that were typed"
+    return load_settings(**{k: v for k, v in typed.items() if v})
+
+# %% ../nbs/91_cli.ipynb #3fa9d517
+@command(app, "folds", "phoenix folds data/raw/phantom split.json --folds 4 --epochs 5")
+def cross_validation(
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    output_dir:Path=Path("runs/folds"), # gets a folder for each fold and out_of_fold.csv; what is there goes on
+    folds:int=0, # how many; the setting when 0, the authors' own where the certificate has them
+    model:str="", # network; the setting `model` when empty
+    epochs:int=0, # most epochs of each fold; the setting when 0
+    size:int=0, # side of the network's input, pixels; the setting when 0
+    seed:int=42, # root of all randomness
+)->Reply: # accuracy of each fold, mean, spread, and the interval of all predictions by group
+    "Cross-validate inside the training and validation sides of a split"
+    from phoenix.evaluate.folds import summarise_folds
+    from phoenix.train.folds import cross_validate
+    s = _settings(folds=folds, model=model, epochs=epochs, size=size, seed=seed)
+    manifest, _, inner = _inside(folder, certificate, s.folds, s.seed)
+    cv = cross_validate(manifest, inner, run_dir=output_dir, resume=True, **_recipe(s))
+    found = [summarise_folds(cv.predictions, k, n=s.bootstraps) for k in ("accuracy", "macro_f1")]
+    rows = [dict(score=f.stat, pooled=f.interval.value, low=f.interval.low, high=f.interval.high, mean=f.mean,
+                 spread=f.spread) for f in found]
+    facts = dict(predictions=str(output_dir/"out_of_fold.csv"), scores={f.stat: f.to_dict() for f in found},
+                 synthetic=manifest.synthetic)
+    each = lines([dict(fold=k, accuracy=v) for k, v in enumerate(cv.values)])
+    return Reply(facts, f"{each}\n\n{lines(rows)}\n\npredictions: {facts['predictions']}")
+
+# %% ../nbs/91_cli.ipynb #e82205f5
+def _for_experiment(params, experiment):
+    "Parameters as an experiment declares them, and their names"
+    from phoenix.experiments import declared_parameters, find_notebook, resolve_parameters
+    if not experiment: return params, None
+    declared = declared_parameters(find_notebook(experiment))
+    rest = {k: v for k, v in params.items() if k not in declared}
+    if rest and "recipe" in declared:
+        params = {k: v for k, v in params.items() if k in declared} | dict(recipe=rest)
+    if set(params) <= set(declared): resolve_parameters(declared, params)
+    return params, list(declared)
+
+# %% ../nbs/91_cli.ipynb #f30e9cd0
+def _write_found(study, output_dir, fixed, experiment):
+    "Parameter files of the best trial, or of each of the front; table and files"
+    from phoenix.train.search import best_parameters, front, write_parameters
+    names, best = study.user_attrs["objectives"], front(study)
+    one = len(names) == 1
+    chosen = {"best.yaml": best_parameters(study)} if one else {
+        f"front{n:04d}.yaml": dict(study.trials[n].params) for n in best.number}
+    files = []
+    for name, found in chosen.items():
+        params, declared = _for_experiment(fixed | found, experiment)
+        note = f"found by phoenix search, {names}"
+        files.append(write_parameters(output_dir/name, params, declared=declared, note=note))
+    return best.drop(columns=["state", "error"]), files
+
+# %% ../nbs/91_cli.ipynb #ca752eb5
+@command(app, "search", "phoenix search data/raw/phantom split.json --trials 20 --experiment 11_folds")
+def parameter_search(
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    output_dir:Path=Path("runs/search"), # journal, trials and results; several processes may share it
+    trials:int=20, # all together, those of other processes and of earlier calls included
+    folds:int=3, # of each trial
+    parameters:str="", # which to search, with commas; the whole space when empty
+    objectives:str="accuracy", # 'accuracy', 'calibration', 'latency', with commas; two or more give a front
+    sampler:str="tpe", # 'tpe', 'random' or 'nsga2'
+    model:str="", # network; the setting `model` when empty
+    epochs:int=0, # epochs of each training; the setting when 0
+    size:int=0, # side of the network's input, pixels; the setting when 0
+    seed:int=42, # root of all randomness
+    experiment:str="", # experiment that the parameter file is for; any when empty
+)->Reply: # the best trial or the front, and the parameter files for `phoenix run -f`
+    "Search for parameters inside the training and validation sides of a split"
+    from phoenix.deploy.front import named_objectives
+    from phoenix.train.search import SPACE, fold_evaluator, plot_front, plot_search, search, sub_space, trial_table
+    s = _settings(model=model, epochs=epochs, size=size, seed=seed)
+    space = sub_space([p.strip() for p in parameters.split(",")]) if parameters else SPACE
+    manifest, cert, inner = _inside(folder, certificate, folds, s.seed)
+    fixed = dict(model=s.model, size=s.size, epochs=s.epochs)
+    sought = named_objectives([o.strip() for o in objectives.split(",")], s.model, s.size)
+    study = search(output_dir, fold_evaluator(manifest, inner, **_recipe(s)), steps=len(inner), trials=trials,
+        space=space, objectives=sought, sampler=sampler, seed=s.seed, about=dict(fixed, certificate=cert.sha256))
+    best, files = _write_found(study, output_dir, fixed, experiment)
+    table = trial_table(study)
+    table.to_csv(output_dir/"trials.csv", index=False)
+    (plot_search if len(study.directions) == 1 else plot_front)(study).figure.savefig(output_dir/"search.png", dpi=120)
+    states = {k: int(v) for k, v in table.state.value_counts().items()}
+    facts = dict(trials=states, best=best.to_dict("records"), files=[str(f) for f in files], journal=str(output_dir))
+    use = "\n".join(f"phoenix run … -f {f}" for f in files)
+    return Reply(facts, f"{lines(best.to_dict('records'))}\n\n{states}\n{use}")
 
 # %% ../nbs/91_cli.ipynb #c0edadf7
 @command(app, "export", "phoenix export runs/train-…/model data/raw/phantom split.json")

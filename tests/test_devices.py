@@ -1,0 +1,72 @@
+"Trainings on two processes against the same training on one"
+import pytest
+import torch
+
+from devices_process import alone, furthest, job, phantom, together
+from phoenix.train.checkpoints import read_checkpoint
+from phoenix.train.devices import DeviceError, train_on_devices
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    return folder, phantom(folder)
+
+
+@pytest.mark.parametrize("changes", [dict(opt="adan"), pytest.param(dict(opt="sgd"), marks=slow),
+                                     pytest.param(dict(opt="adan", accumulate=2), marks=slow)], ids=str)
+def test_two_processes_take_the_steps_of_one(data, changes, request):
+    """Batch statistics, class weights, augmentation, clipping: all of it as in one process.
+
+    In float64: Adan divides each gradient by its own size, so that in float32 the last bits of gradients near zero
+    decide whole steps, on one process as on two."""
+    (folder, data), name = data, "-".join(map(str, changes.values()))
+    one = alone(job(folder, f"one-{name}", data, **changes))
+    two = together(job(folder, f"two-{name}", data, **changes))
+    assert furthest(two[0], two[1]) == 0, "all processes hold the same weights"
+    print(name, furthest(one, two[0]))
+    assert furthest(one, two[0]) < 1e-5
+    rows = [read_checkpoint(folder/f"{n}-{name}/run/checkpoints/last.safetensors").state["rows"] for n in ("one", "two")]
+    for a, b in zip(*rows):
+        assert all(abs(a[k] - b[k]) < 1e-5 for k in ("train_loss", "valid_loss", "accuracy", "lr"))
+
+
+@slow
+def test_single_precision(data):
+    "SGD in float32: all learnt weights; running variances of six values at the last 1×1 map have rounding of their own"
+    folder, data = data
+    one = alone(job(folder, "f1", data, opt="sgd", lr=1e-3), torch.float32)
+    two = together(job(folder, "f2", data, opt="sgd", lr=1e-3), dtype=torch.float32)[0]
+    learnt = [{k: v for k, v in w.items() if "running" not in k} for w in (one, two)]
+    print("float32", furthest(*learnt), "with statistics", furthest(one, two))
+    assert furthest(*learnt) < 1e-5
+
+
+@slow
+def test_a_killed_training_goes_on_with_another_number_of_devices(data):
+    "Two processes are killed in their second epoch; one process ends the training"
+    folder, data = data
+    straight = alone(job(folder, "straight", data))
+    path = job(folder, "killed", data)
+    together(path, kill_at=1)
+    rows = read_checkpoint(folder/"killed/run/checkpoints/last.safetensors").state["rows"]
+    assert len(rows) == 1
+    assert furthest(straight, alone(path)) < 1e-5
+
+
+@slow
+def test_torchrun(data):
+    "As a user starts it; a refusal in a worker reaches the caller as its sentence"
+    folder, (manifest, certificate) = data
+    how = dict(model="neurosnake_tiny_ca", epochs=2, batch_size=6, cache_dir=folder/"cache", warmup_epochs=0,
+               run_dir=folder/"torchrun")
+    done = train_on_devices(manifest, certificate, 2, **how)
+    assert (len(done.history), done.history.stopped) == (2, "epochs")
+    assert done.valid.accuracy == pytest.approx(done.history.best["accuracy"])
+    with pytest.raises(DeviceError, match="folder of its own"): train_on_devices(manifest, certificate, 2, **how)
+    again = train_on_devices(manifest, certificate, 1, resume=True, **how)
+    assert (again.test.logits == done.test.logits).all()
+    with pytest.raises(DeviceError, match="5 pictures do not divide by 2"):
+        train_on_devices(manifest, certificate, 2, **(how | dict(batch_size=5, run_dir=folder/"odd")))
