@@ -180,7 +180,7 @@ class BatchOptions:
     iterations:int=8 # sharpenings in a round
     bins:int=64 # of the log histogram
     fwhm:tuple[float,...]=(.25, .2, .15, .15, .15) # width of the blur that is undone in each round, log units
-    sigma:tuple[float,...]=(.4, .2, .1, .1, .1) # difference of neighbours that is still the field's, each round, log units
+    sigma:tuple[float,...]=(.4, .2, .1, .1, .1) # difference of neighbours that is the field's, each round
     neighbours:float=6. # what all pairs of neighbours weigh against the histogram
     noise:float=.03 # of the Wiener filter
     ridge:float=2e-4 # penalty on a term, times its squared orders
@@ -192,7 +192,8 @@ class BatchOptions:
             raise BiasError("The corrector needs order 1…8, side 16…512, iterations ≥ 1, bins ≥ 16, neighbours ≥ 0 and "
                             f"fwhm, sigma, noise, ridge > 0, got {self}; correct it")
         if len(self.fwhm) != len(self.sigma):
-            raise BiasError(f"Each round needs one fwhm and one sigma, got {len(self.fwhm)} and {len(self.sigma)}; match them")
+            raise BiasError(f"Each round needs one fwhm and one sigma, got {len(self.fwhm)} and "
+                            f"{len(self.sigma)}; match them")
 
 
 def _sharpened(torch, u, w, o, fwhm):

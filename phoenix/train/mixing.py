@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.mixing.html.md"""
 # %% auto #0
 __all__ = ['METHODS', 'sample_losses', 'label_weights', 'mixed_loss', 'epoch_numbers', 'Mix', 'with_mixing']
 
-# %% ../../nbs/33a_train.mixing.ipynb #3acccb36
+# %% ../../nbs/33a_train.mixing.ipynb #c888ebba
 from collections.abc import Callable
 
 import torch
@@ -22,7 +22,7 @@ from ..data.mixing import Mixture, MixingError, cutmix_images, mixup_images
 from ..settings import did_you_mean
 from .losses import CrossEntropy
 
-# %% ../../nbs/33a_train.mixing.ipynb #7ff007a1
+# %% ../../nbs/33a_train.mixing.ipynb #3f37f88d
 def sample_losses(
     loss:Callable, # a loss with a `reduction`: an attribute, or an argument of a function
     logits:Tensor, # output of the network `(B,K)`
@@ -36,7 +36,7 @@ def sample_losses(
                           f'{tuple(losses.shape)} for {n} samples: give it a reduction as PyTorch has it')
     return losses.view(n, -1)
 
-# %% ../../nbs/33a_train.mixing.ipynb #b12a3346
+# %% ../../nbs/33a_train.mixing.ipynb #2dd43f41
 def label_weights(
     loss:Callable, # the loss
     targets:Tensor, # classes `(B,)`, or labels that don't exclude each other `(B,K)`
@@ -63,7 +63,7 @@ def mixed_loss(
     if how == 'sum': return losses.sum()
     return losses.mean() if counts is None else losses.sum()/mix(counts, label_weights(loss, other)).sum()
 
-# %% ../../nbs/33a_train.mixing.ipynb #d6f86a2f
+# %% ../../nbs/33a_train.mixing.ipynb #08b17f32
 METHODS = dict(mixup=(mixup_images, .2), cutmix=(cutmix_images, 1.))
 
 
@@ -75,7 +75,7 @@ def epoch_numbers(
     n, keys = len(dl.dataset), dl.dataset.keys
     return [keys[i % n] + (i//n << 32) for i in dl.get_idxs()]
 
-# %% ../../nbs/33a_train.mixing.ipynb #c74c75ef
+# %% ../../nbs/33a_train.mixing.ipynb #309609e1
 class Mix(Callback):
     "Mix the images of each training batch by key, and the loss by their labels"
     order, run_valid = 5, False
@@ -105,7 +105,7 @@ class Mix(Callback):
         self.learn.loss_grad = mixed_loss(self.loss_func, self.pred, self.yb[0], self.mixture)
         self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../../nbs/33a_train.mixing.ipynb #1adf3add
+# %% ../../nbs/33a_train.mixing.ipynb #7bcf7074
 def with_mixing(
     learn:Learner, # from `make_learner`
     method:str='mixup', # 'mixup' or 'cutmix'
