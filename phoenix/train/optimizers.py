@@ -265,7 +265,7 @@ class SharpnessAware(Callback):
         self.rho = rho
 
     def before_fit(self):
-        if found := {type(cb).__name__ for cb in self.learn.cbs} & {'MixedPrecision', 'Autocast', 'Accumulate'}:
+        if found := {type(cb).__name__ for cb in self.learn.cbs} & {'MixedPrecision', 'HalfPrecision', 'Accumulate'}:
             raise OptimizerError(f'sharpness-aware steps need whole batches in single precision, got '
                                  f'{", ".join(sorted(found))} as well: choose one')
 
