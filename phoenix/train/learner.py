@@ -491,9 +491,10 @@ class CheckpointWriter(Callback):
         if self.training: self.whole = False
 
     def after_batch(self):
-        if self.training: self.place, self.whole = (self.epoch, self.iter + 1), True
-        if self.asked: self.end()
-        if self.training and self.every and time.perf_counter() - self.saved >= self.every: self.save()
+        if self.training and not _waits(self.opt): self.place, self.whole = (self.epoch, self.iter + 1), True
+        if self.asked and (self.whole or not self.training): self.end()
+        due = self.training and self.every and time.perf_counter() - self.saved >= self.every
+        if due and self.whole: self.save()
 
     def after_validate(self): self.whole = False
 
@@ -504,6 +505,9 @@ class CheckpointWriter(Callback):
         if self.asked: self.end()
 
 # %% ../../nbs/33_train.learner.ipynb #d86702cb
+def _waits(opt): return any(p.grad is not None for group in opt.param_lists for p in group)
+
+
 @patch
 def before_fit(self:CheckpointWriter):
     place = self.learn.first_epoch, self.learn.first_batch
