@@ -186,12 +186,13 @@ def kills(folder, points, workers, seed):
         counted = forked(lambda: "\n".join([(w := whole())[0], *w[1].names]))
         straight[every], *moments[every] = counted.split("\n")
     assert len(set(straight.values())) == 1, straight
-    hit = []
+    hit, kinds = [], sorted({n for names in moments.values() for n in names})
+    draw.shuffle(kinds) # every kind of moment has its turn, at an occurrence that is drawn
     for k in range(int(points)):
-        every = (0., 1e-9)[k % 2]
-        at = draw.randint(1, len(moments[every]))
+        every, kind = (0., 1e-9)[draw.random() < .7], kinds[k % len(kinds)]
+        at = draw.choice([i for i, n in enumerate(moments[every], 1) if n == kind])
         place, again = folder/f"kill{k}", draw.random() < .3
-        hit.append(moments[every][at - 1])
+        hit.append(kind)
         got = forked(lambda: two_folds(place, False, workers, every, at)[0])
         assert got == -signal.SIGKILL, (at, got)
         if again: # the resumed one is killed too, wherever that is; it may have ended before
