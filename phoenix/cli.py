@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
-           'evaluate', 'cross_validation', 'parameter_search', 'export', 'quantize', 'bench', 'predict', 'run',
+           'watch', 'evaluate', 'cross_validation', 'parameter_search', 'export', 'quantize', 'bench', 'predict', 'run',
            'verify', 'vault_seal', 'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
@@ -379,6 +379,7 @@ def train(
     size:int=0, # side of the network's input, pixels; the setting when 0
     seed:int=42, # root of all randomness
     devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
+    resume:Path|None=None, # run folder of a training that was ended: go on with it, in a new run folder
     published_split:bool=False, # train on a leaking split for comparison; stamps every output
 )->Reply: # validation and test scores, and where run and model lie
     "Train a network on a certified split and package it"
@@ -390,21 +391,37 @@ def train(
     manifest, cert = build_manifest(folder), Certificate.load(certificate)
     run = Run.start("train", s.runs_dir, dict(folder=folder.name, **s.model_dump(mode="json")),
                     synthetic=manifest.synthetic)
-    try: scores = _train(run, manifest, cert, s, published_split, devices)
-    except Exception as e:
-        run.fail(f"{type(e).__name__}: {e}")
+    try:
+        if resume: _take_over(run, resume)
+        scores = _train(run, manifest, cert, s, published_split, devices, bool(resume))
+    except (Exception, SystemExit) as e: # SystemExit: the process was asked to end, and saved
+        run.fail(f"{type(e).__name__}: {e}", killed=isinstance(e, SystemExit))
         raise
     run.seal()
     facts = dict(run=str(run.path), model=str(run.path/"model"), scores=scores)
     return Reply(facts, lines([dict(part=k, **v) for k, v in scores.items()]) + f"\nmodel folder: {facts['model']}")
 
+# %% ../nbs/91_cli.ipynb #4b73f3ef
+def _take_over(run, old):
+    "Copy what a resumed training needs into its new run folder, and note its origin"
+    from phoenix.records import sha256_file
+    from phoenix.train.checkpoints import newest_checkpoint
+    from phoenix.train.log import LOG
+    newest, _ = newest_checkpoint(Path(old)/"checkpoints/last.safetensors")
+    if not newest: raise PhoenixError(f"The run to resume must hold a checkpoint, {Path(old).name!r} has none; leave "
+                                      "out --resume and train from the beginning")
+    shutil.copytree(Path(old)/"checkpoints", run.path/"checkpoints")
+    for name in ("history.csv", LOG):
+        if (Path(old)/name).is_file(): shutil.copy(Path(old)/name, run.path/name)
+    run.note_inputs(resumed_run=Path(old).name, resumed_checkpoint=sha256_file(newest))
+
 # %% ../nbs/91_cli.ipynb #eb43841e
-def _train(run, manifest, cert, s, published_split, devices=1):
+def _train(run, manifest, cert, s, published_split, devices=1, resume=False):
     "Train, score and package inside `run`"
     from phoenix.data.preprocess import Preprocess
     from phoenix.deploy.package import save_package
     from phoenix.evaluate.metrics import scores
-    trained = _trained(run, manifest, cert, s, published_split, devices)
+    trained = _trained(run, manifest, cert, s, published_split, devices, resume)
     found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
                                                                        test=trained.test).items() if len(p.targets)}
     seen = _look(cert, trained.test.rows, trained.test.probs, trained.test.classes, f"{s.model}, seed {s.seed}",
@@ -419,11 +436,11 @@ def _train(run, manifest, cert, s, published_split, devices=1):
     return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
 
 
-def _trained(run, manifest, cert, s, published_split, devices):
+def _trained(run, manifest, cert, s, published_split, devices, resume):
     "The training of the settings, on one device or several"
     from phoenix.train.devices import train_on_devices
     from phoenix.train.learner import train_classifier
-    how = dict(_recipe(s), run_dir=run.path, published_split=published_split)
+    how = dict(_recipe(s), run_dir=run.path, published_split=published_split, resume=resume)
     if s.seconds: how["seconds"] = s.seconds
     if devices == 1: return train_classifier(manifest, cert, **how)
     return train_on_devices(manifest, cert, devices, **how)
@@ -446,6 +463,39 @@ def _look(cert, rows, probs, classes, why, **how):
     labels = dict(zip(rows.path, rows.label))
     vault = test_vault(cert, labels, load_settings().runs_dir, classes=list(classes))
     return vault.look(predictions_of(rows.path, probs, classes), why=why, **how)
+
+# %% ../nbs/91_cli.ipynb #237b6744
+@command(app, "watch", "phoenix watch runs/train-…")
+def watch(
+    run:Path, # run folder, or the folder of a training
+    every:float=2., # seconds between two looks
+    once:bool=False, # look once, also while it trains
+)->Reply: # the epochs so far; code 1 when the training was killed or failed
+    "Redraw a training's curves while it trains"
+    from phoenix.train.log import follow, read_progress, text_curves
+    if not run.is_dir(): raise PhoenixError(f"The run folder must exist, but {run.name!r} was not found")
+    progress = read_progress(run)
+    with contextlib.suppress(KeyboardInterrupt):
+        if not once: progress = _redrawn(follow(run, every_s=every))
+    facts = dict(state=progress.state, why=progress.why, epochs=progress.epochs, rows=progress.rows,
+                 notes=progress.notes, best=progress.best, training=progress.name)
+    table = lines([{k: "" if v is None else v for k, v in r.items() if k != "time"} for r in progress.rows[-5:]])
+    return Reply(facts, f"{text_curves(progress)}\n\n{table}".rstrip(), int(progress.state in ("killed", "failed")))
+
+# %% ../nbs/91_cli.ipynb #e64bbc6f
+def _redrawn(looks):
+    "Show each look on stderr: a terminal is redrawn, anything else gets a line per epoch; gives the last look"
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+    from phoenix.train.log import headline, text_curves
+    screen, seen = Console(stderr=True), None
+    with Live(console=screen, auto_refresh=False) if screen.is_terminal else contextlib.nullcontext() as live:
+        for progress in looks:
+            if live: live.update(Text(text_curves(progress)), refresh=True)
+            elif headline(progress) != seen: print(headline(progress), file=sys.stderr, flush=True)
+            seen = headline(progress)
+    return progress
 
 # %% ../nbs/91_cli.ipynb #fba0b7ca
 @command(app, "evaluate", "phoenix evaluate runs/train-…/model data/raw/phantom split.json --part test")

@@ -8,24 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from training_process import digest, toy
+from training_process import digest, everything, toy
 
 PROCESS = Path(__file__).with_name("training_process.py")
 
 
-def start(*args, hashseed="0"):
+def start(*args, hashseed="0", **env):
     "Start a command of training_process.py on one thread"
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONHASHSEED=hashseed)
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONHASHSEED=hashseed, **env)
     return subprocess.Popen([sys.executable, PROCESS, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=env)
 
 
 def run(*args, **kw):
-    "The last line that a command prints"
+    "The words of the last line that a command prints"
+    return lines(*args, **kw)[-1]
+
+
+def lines(*args, timeout=600, **kw):
+    "The words of each line that commands print"
     process = start(*args, **kw)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
-    return out.strip().splitlines()[-1].split()
+    return [line.split() for line in out.strip().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +49,10 @@ def test_a_full_disk_keeps_both_generations(tmp_path):
     assert run("full_disk", tmp_path) == ["kept", "5", "2"]
 
 
-def test_a_full_disk_in_training(tmp_path, straight):
-    "The error is one sentence, and the resumed training ends in the same bytes"
-    assert run("full_disk_in_training", tmp_path) == straight
+@pytest.mark.parametrize("limit", [1000, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_full_disk_in_training(limit, tmp_path, straight):
+    "No room for the checkpoint, or not even for the log: one sentence, and the resumed training ends in the same bytes"
+    assert run("full_disk_in_training", tmp_path, limit) == straight
 
 
 def test_seeds_give_the_same_bytes_in_a_fresh_process(straight, tmp_path):
@@ -61,9 +67,167 @@ def test_seeds_give_the_same_bytes_in_a_fresh_process(straight, tmp_path):
     assert digest(other) != straight[1]
 
 
-def test_a_classifier_gives_the_same_bytes_for_any_number_of_workers(tmp_path):
-    "NeuroSnake, augmentation, dropout and cache, in two fresh processes: weights and test logits"
-    assert run("classifier", tmp_path, 0) == run("classifier", tmp_path, 2, hashseed="5")
+def test_a_classifier_gives_the_same_bytes_anywhere(tmp_path):
+    "Two fresh processes: workers 0 and 2, another hash seed, order of files, locale, time zone and cache"
+    here = run("classifier", tmp_path, 0)
+    other = dict(LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", TZ="Asia/Kathmandu")
+    (tmp_path/"cache").rename(tmp_path/"first cache")
+    assert run("classifier", tmp_path, 2, "shuffled", hashseed="5", **other) == here
+
+
+def test_kills_of_workers_terms_and_points(tmp_path):
+    "In forked processes: kill points for 0 and 2 workers, a killed reader, SIGTERM, and workers 0, 1, 2 and 4"
+    folders = [tmp_path/n for n in "abcde"]
+    for f in folders: f.mkdir()
+    said = lines("kills", folders[0], 2, 0, 11, "--", "kills", folders[1], 1, 2, 12, "--", "worker_killed", folders[2],
+                 "--", "terminated", folders[3], "--", "workers_agree", folders[4], 0, 1, 2, 4)
+    assert [w[0] for w in said] == ["killed", "killed", "lost", "ended", "found"]
+    assert said[0][1] == "2" and said[1][1] == "1"
+    assert int(said[2][1]) == 2 and int(said[2][2]) >= 2, "the state between two batches was saved when the reader died"
+    assert len(said[4]) == 5 and len(set(said[4][1:])) == 1 and len(said[4][1]) == 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_25_kill_points_over_a_fold_boundary(workers, tmp_path):
+    "Average, schedule, shuffling and two folds; each point drawn by key, a third of them killed twice"
+    killed = run("kills", tmp_path, 25, workers, 42, timeout=3000)
+    assert killed[:2] == ["killed", "25"]
+    assert {"after_replace", "half_of_a_checkpoint", "before_validation_batch", "between_folds"} <= set(killed), killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_points_of_a_classifier(workers, tmp_path):
+    "The real loader with augmentation, killed at four moments"
+    assert run("classifier_killed", tmp_path, workers, 4, 3, timeout=3000)[:2] == ["killed", "4"]
+
+
+def test_another_configuration_is_refused_by_its_name(tmp_path):
+    "Network, loss, optimizer, data, average: one sentence each, and nothing is changed on the disk"
+    from phoenix.train.learner import TrainError, fit
+    from phoenix.train.losses import CrossEntropy
+    fit(toy(tmp_path), 1, progress=False)
+    before = {p: p.read_bytes() for p in (tmp_path/"checkpoints").iterdir()}
+
+    def other(**kw):
+        learn = toy(tmp_path, **kw.pop("learner", {}))
+        for k, v in kw.pop("choices", {}).items(): learn.choices[k] = v
+        return learn, kw
+    for name, kw in (("seed was 42 and is 43", dict(learner=dict(seed=43))),
+                     ("ema was 0.0 and is 0.9", dict(learner=dict(ema=.9))),
+                     ("opt was adan and is adamw", dict(learner=dict(opt="adamw"))),
+                     ("certificate was None and is abc", dict(choices=dict(certificate="abc"))),
+                     ("lr was 0.001 and is 0.5", dict(lr=.5)), ("warmup_epochs was 5 and is 2", dict(warmup_epochs=2))):
+        learn, options = other(**kw)
+        with pytest.raises(TrainError, match=name) as e: fit(learn, 1, resume=True, progress=False, **options)
+        assert str(e.value).count("restore them, or train in a new folder") == 1
+    learn, _ = other()
+    learn.loss_func = CrossEntropy(temperature=True)
+    learn.choices = learn.choices | {"loss.label_smoothing": 0.}
+    with pytest.raises(TrainError, match="loss.label_smoothing was 0.1 and is 0.0"):
+        fit(learn, 1, resume=True, progress=False)
+    assert before == {p: p.read_bytes() for p in (tmp_path/"checkpoints").iterdir()}
+
+
+def test_a_callback_with_a_state_must_come_again(tmp_path):
+    "A state that nobody takes, or a new callback without one, is refused by name"
+    from fastai.callback.core import Callback
+    from phoenix.train.learner import TrainError, fit
+
+    class Counts(Callback):
+        def before_fit(self): self.n = 0
+        def after_step(self): self.n += 1
+        def state_dict(self): return dict(n=self.n)
+        def load_state_dict(self, state): self.n = state["n"]
+
+    class Stop(Callback):
+        def before_batch(self):
+            if (self.epoch, self.iter) == (1, 2): raise KeyboardInterrupt
+    first, counts = toy(tmp_path), Counts()
+    first.add_cb(counts).add_cb(Stop())
+    with pytest.raises(KeyboardInterrupt): fit(first, 2, save_seconds=1e-9, progress=False)
+    with pytest.raises(TrainError, match="counts is in the checkpoint only"): fit(toy(tmp_path), 2, resume=True, progress=False)
+    second = toy(tmp_path).add_cb(counts)
+    fit(second, 2, resume=True, progress=False)
+    assert counts.n == 2 * 8
+
+
+def test_a_damaged_newest_generation_is_passed_over_and_said(tmp_path, capsys):
+    "The older one continues to the same bytes, the damaged one is kept under another name, and both generations are whole"
+    from fastai.callback.core import Callback
+    from phoenix.train.checkpoints import previous_generation, read_checkpoint
+    from phoenix.train.learner import fit
+    from phoenix.train.log import read_progress
+
+    class Stop(Callback):
+        def before_epoch(self):
+            if self.epoch == 3: raise KeyboardInterrupt
+    whole, first, second = (toy(p, ema=.9) for p in (None, tmp_path, tmp_path))
+    straight = everything(whole, fit(whole, 4, lr=.01, progress=False))
+    first.add_cb(Stop())
+    with pytest.raises(KeyboardInterrupt): fit(first, 4, lr=.01, progress=False)
+    last = tmp_path/"checkpoints/last.safetensors"
+    raw = bytearray(last.read_bytes())
+    raw[-7] ^= 1
+    last.write_bytes(raw)
+    kept = previous_generation(last).read_bytes()
+    previous = []
+
+    class Saves(Callback):
+        order = 81
+        def after_epoch(self): previous.append(previous_generation(last).read_bytes())
+    second.add_cb(Saves())
+    assert everything(second, fit(second, 4, lr=.01, resume=True, progress=False)) == straight
+    assert previous[0] == kept, "the first save must leave the good generation where it is"
+    said = "resuming from last.previous.safetensors: last.safetensors must be a whole checkpoint"
+    assert said in capsys.readouterr().err and said in read_progress(tmp_path).notes[0]
+    assert [read_checkpoint(p).state["epoch"] for p in (last, previous_generation(last))] == [4, 3]
+    assert (tmp_path/"checkpoints/last.damaged.safetensors").read_bytes() == raw
+
+
+@pytest.mark.parametrize("stop", [(1, 2), (1, 5)])
+def test_an_accumulated_gradient_is_never_cut_in_two(stop, tmp_path):
+    "Steps of three batches, a callback without a state: checkpoints fall after steps only, and a resume is exact"
+    from fastai.callback.core import CancelBatchException, Callback
+    from phoenix.train.checkpoints import read_checkpoint
+    from phoenix.train.learner import fit
+
+    class Three(Callback):
+        order, run_valid = 8, False
+        def before_step(self):
+            if (self.iter + 1) % 3 and self.iter + 1 < self.n_iter: raise CancelBatchException
+
+    class Stop(Callback):
+        order = 99
+        def before_batch(self):
+            if (self.epoch, self.iter) == stop: raise KeyboardInterrupt
+    whole, first, second = (toy(p, ema=.9) for p in (None, tmp_path, tmp_path))
+    for learn in (whole, first, second): learn.add_cb(Three())
+    straight = everything(whole, fit(whole, 3, lr=.01, progress=False))
+    first.add_cb(Stop())
+    with pytest.raises(KeyboardInterrupt): fit(first, 3, lr=.01, save_seconds=1e-9, progress=False)
+    state = read_checkpoint(tmp_path/"checkpoints/last.safetensors").state
+    assert (state["epoch"], state["batch"]) == (1, stop[1] // 3 * 3)
+    assert everything(second, fit(second, 3, lr=.01, resume=True, progress=False)) == straight
+
+
+def test_the_clock_saves_inside_an_epoch(tmp_path):
+    "About every second of a slow epoch, and never twice in one second"
+    from phoenix.train.checkpoints import read_checkpoint
+    from phoenix.train.learner import CheckpointWriter, fit
+    places, save = [], CheckpointWriter.save
+
+    def noted(self):
+        places.append((time.perf_counter(), self.place))
+        save(self)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(CheckpointWriter, "save", noted)
+        fit(toy(tmp_path, slow=.1), 1, save_seconds=.25, progress=False)
+    inside = [(t, place) for t, place in places if place[0] == 0]
+    assert len(inside) >= 2 and places[-1][1] == (1, 0)
+    assert all(b - a >= .25 for (a, _), (b, _) in zip(inside, inside[1:]))
+    assert read_checkpoint(tmp_path/"checkpoints/last.safetensors").state["batch"] == 0
 
 
 def test_kill_and_resume_gives_the_same_bytes(tmp_path, straight):
@@ -92,7 +256,7 @@ def test_early_stop_restores_the_best_weights(tmp_path):
     for kind, module in (("model", learn.model), ("loss", learn.loss_func)):
         assert all(torch.equal(v, best.weights(kind)[k]) for k, v in module.state_dict().items())
     assert not all(torch.equal(v, last.weights()[k]) for k, v in learn.model.state_dict().items())
-    assert best.state["epoch"] == history.best["epoch"] and last.state["epoch"] == len(history) - 1
+    assert best.state["epoch"] == history.best["epoch"] and last.state["epoch"] == len(history)
 
 
 def test_the_budget_holds_over_a_resume(tmp_path):

@@ -6,14 +6,15 @@ Docs: https://phoenix-mri.github.io/phoenix/train.learner.html.md"""
 
 # %% auto #0
 __all__ = ['TrainError', 'warmup_cosine', 'Clock', 'History', 'KeyedLearner', 'DropoutKey', 'ClipNorm', 'FreshNorm',
-           'make_learner', 'WarmupCosine', 'TimeBudget', 'EpochScores', 'KeepBest', 'EarlyStop', 'CheckpointWriter',
-           'HistoryWriter', 'PrintRow', 'fit', 'plot_history', 'Predictions', 'predict', 'Trained', 'make_loss',
-           'train_classifier']
+           'AverageWeights', 'make_learner', 'WarmupCosine', 'TimeBudget', 'EpochScores', 'KeepBest', 'EarlyStop',
+           'CheckpointWriter', 'HistoryWriter', 'PrintRow', 'LogWriter', 'end_asked', 'fit', 'plot_history',
+           'Predictions', 'predict', 'Trained', 'make_loss', 'train_classifier']
 
 # %% ../../nbs/33_train.learner.ipynb #a4bd806e
-import functools, inspect, math, sys, tempfile, time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import functools, hashlib, inspect, itertools, json, math, os, random, re, signal, sys, tempfile, threading, time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,18 +23,21 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .optimizers import get_optimizer # first: it loads fastai and timm without their warnings
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.metrics import accuracy
+from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from ..data.acquire import Manifest
 from ..data.augment import Augment
-from ..data.loaders import EpochKeys, dl_rows, make_loaders
+from ..data.loaders import EpochKeys, SliceLoaders, dl_rows, make_loaders
 from ..data.preprocess import Preprocess
 from ..data.splits import Certificate
 from ..keys import preserve_rng, seed64, seeded
@@ -41,8 +45,9 @@ from ..models.zoo import create_model
 from ..plots import style
 from ..records import write_text
 from ..settings import PhoenixError, did_you_mean
-from .checkpoints import (load_checkpoint, newest_checkpoint, previous_generation, read_checkpoint,
-                                       save_checkpoint)
+from .checkpoints import (DISK_FULL, CheckpointError, newest_checkpoint, read_checkpoint, restore,
+                                       save_checkpoint, set_aside, write_error)
+from .log import LOG, RunLog
 from .losses import CrossEntropy, Focal, class_weights
 
 # %% ../../nbs/33_train.learner.ipynb #824b7378
@@ -113,6 +118,24 @@ class History:
             if wait == 0: best = r['valid_loss']
         return wait
 
+# %% ../../nbs/33_train.learner.ipynb #7aa6e681
+def _rest(get_idxs, n): return list(get_idxs())[n:]
+
+
+def _batches(dl, done):
+    "The batches of a loader after the first `done`; a loader of fastai doesn't read those"
+    if not done or not isinstance(dl, DataLoader) or not dl.bs:
+        yield from itertools.islice(dl, done, None)
+        return
+    own = vars(dl).get('get_idxs')
+    dl.get_idxs = functools.partial(_rest, dl.get_idxs, done * dl.bs)
+    batches = iter(dl)
+    try: first = list(itertools.islice(batches, 1)) # here the order is made
+    finally:
+        if own is None: del dl.get_idxs
+        else: dl.get_idxs = own
+    yield from itertools.chain(first, batches)
+
 # %% ../../nbs/33_train.learner.ipynb #ab78b22f
 def _keyed(method):
     "The method, drawing from a key of its own, with the global random states restored"
@@ -123,8 +146,9 @@ def _keyed(method):
 
 
 class KeyedLearner(Learner):
-    "fastai's learner, with randomness from keys and epochs that may start late"
-    first_epoch = 0
+    "fastai's learner, with randomness from keys, and fits that may begin in the middle of an epoch"
+    first_epoch = first_batch = 0
+    averaged = live = rescue = None # averaged weights; the trained ones while those are validated; what saves a state
     def __init__(self,
         *args, # of fastai's `Learner`
         seed:int=42, # key of everything drawn
@@ -135,9 +159,15 @@ class KeyedLearner(Learner):
         self.seed, self.run_dir, self.choices = seed, run_dir and Path(run_dir), choices or {}
         super().__init__(*args, **kwargs)
 
-    def _do_fit(self):
-        for self.epoch in range(self.first_epoch, self.n_epoch):
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+    @property
+    def trained(self)->nn.Module: # also while averaged weights are validated
+        "The network that the optimizer trains"
+        return self.model if self.live is None else self.live
+
+    @property
+    def scored(self)->nn.Module: # what is validated and kept
+        "The network with averaged weights where there is one"
+        return self.model if self.averaged is None else self.averaged
 
     def lr_find(self, *args, **kwargs):
         kept = self.model_dir
@@ -148,14 +178,53 @@ class KeyedLearner(Learner):
     fit, validate, get_preds = _keyed(Learner.fit), _keyed(Learner.validate), _keyed(Learner.get_preds)
     show_results = _keyed(Learner.show_results)
 
+# %% ../../nbs/33_train.learner.ipynb #052e7c33
+@patch
+def _do_fit(self:KeyedLearner):
+    self.train_iter = self.first_epoch * len(self.dls.train) + self.first_batch
+    for self.epoch in range(self.first_epoch, self.n_epoch):
+        self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+
+@patch
+def all_batches(self:KeyedLearner):
+    self.n_iter = len(self.dl)
+    done = self.first_batch if self.training and self.epoch == self.first_epoch else 0
+    for _ in range(done): self.pct_train += 1. / (self.n_iter * self.n_epoch)
+    try:
+        for i, b in enumerate(_batches(self.dl, done), done): self.one_batch(i, b)
+    except RuntimeError as e:
+        if _worker_died(e) and self.rescue: self.rescue()
+        raise
+
+
+def _worker_died(e): return 'DataLoader worker' in str(e)
+
+# %% ../../nbs/33_train.learner.ipynb #4133f4eb
+@patch
+def _do_epoch_validate(self:KeyedLearner, *args, **kwargs):
+    self.live, self.model = self.model, self.scored
+    try: Learner._do_epoch_validate(self, *args, **kwargs)
+    finally: self.model, self.live = self.live, None
+
 # %% ../../nbs/33_train.learner.ipynb #3de61d46
+def _seed_all(key):
+    "Seed the global generators; torch.manual_seed would take milliseconds: it visits every kind of device"
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key)
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(key)
+
+
 class DropoutKey(Callback):
-    "Seed torch from (seed, epoch, step) before every training batch"
+    "Seed whoever draws globally from (seed, epoch) and, before every training batch, from (seed, epoch, step)"
     order, run_valid = -4, False
-    def before_batch(self):
-        key = seed64(self.learn.seed, 'dropout', self.epoch, self.iter)
-        torch.default_generator.manual_seed(key) # torch.manual_seed takes milliseconds: it visits every kind of device
-        if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(key)
+    def before_epoch(self):
+        key = seed64(self.learn.seed, 'epoch', self.epoch)
+        _seed_all(key)
+        if isinstance(self.dls.train, DataLoader): self.dls.train.rng = random.Random(key) # of fastai's own shuffling
+
+    def before_batch(self): _seed_all(seed64(self.learn.seed, 'dropout', self.epoch, self.iter))
 
 
 class ClipNorm(Callback):
@@ -183,6 +252,56 @@ class FreshNorm(Callback):
     def after_train(self):
         for m, usual in self.usual.items(): m.momentum = usual
 
+# %% ../../nbs/33_train.learner.ipynb #6a51532d
+class AverageWeights(Callback):
+    "Keep a moving average of the weights, which is what is validated and kept"
+    order, run_valid = 30, False
+    def __init__(self,
+        decay:float=.999, # share of the average that a step leaves, once it is old
+    ): self.decay = decay
+
+    def mean(self,
+        mine:list, # tensors of the average, changed
+        theirs:list, # tensors of the network
+        n:int, # steps that are in the average
+    )->None:
+        "Move the average towards the network"
+        get_ema_multi_avg_fn(min(self.decay, (1 + int(n)) / (10 + int(n))))(mine, theirs, n)
+
+    def before_fit(self):
+        self.average = AveragedModel(self.learn.model, multi_avg_fn=self.mean, use_buffers=True)
+        self.learn.averaged = self.average.module
+
+    def after_step(self): self.average.update_parameters(self.learn.model)
+    def after_fit(self): self.learn.averaged = None
+    def state_dict(self): return self.average.state_dict()
+    def load_state_dict(self, state): self.average.load_state_dict(state)
+
+# %% ../../nbs/33_train.learner.ipynb #7c8ad9b2
+def _named(prefix, d): return {f'{prefix}.{k}': v for k, v in d.items()}
+
+
+def _data_choices(dls):
+    "What decides the batches, by name"
+    train = dls.train
+    found = dict(batches=len(train), batch_size=getattr(train, 'bs', None) or getattr(train, 'batch_size', None))
+    if not isinstance(dls, SliceLoaders): return found
+    slices, cert = train.dataset, dls.certificate
+    augment = asdict(train.augment) if train.augment else dict(kind='none')
+    return (found | dict(certificate=cert and cert.sha256, manifest=cert and cert.manifest_sha256,
+                         balanced=train.balanced, shuffle_labels=dls.shuffled_labels, classes=list(train.vocab))
+            | _named('preprocess', slices.cache.preprocess.spec()) | _named('augment', augment))
+
+# %% ../../nbs/33_train.learner.ipynb #a356c50e
+def _network_choices(model, loss):
+    "What decides network and loss, by name; the layers as a hash of their description"
+    layers = re.sub(r' at 0x[0-9a-f]+', '', repr(model))
+    simple = {k: v for k, v in vars(loss).items() if isinstance(v, (int, float, str)) and k != 'training'}
+    weight = getattr(loss, 'weight', None)
+    return (dict(model=type(model).__name__, layers=hashlib.sha256(layers.encode()).hexdigest()[:16],
+                 loss=type(loss).__name__) | _named('loss', simple)
+            | {'loss.weight': None if weight is None else weight.tolist()})
+
 # %% ../../nbs/33_train.learner.ipynb #251a91eb
 def make_learner(
     dls:DataLoaders, # training and validation batches
@@ -193,19 +312,21 @@ def make_learner(
     lr:float=1e-3, # peak learning rate
     weight_decay:float=.02, # decay of kernels and matrices, not of biases and norms
     clip_norm:float=1., # largest norm of the whole gradient
-    run_dir:Path|None=None, # gets `checkpoints/` and `history.csv`; nothing is written when not given
+    ema:float=0., # decay of an average of the weights that is validated and kept, in [0, 1); 0 = none
+    run_dir:Path|None=None, # gets `checkpoints/`, `history.csv` and `log.jsonl`; nothing is written when not given
     seed:int=42, # key of weights and dropout
 )->KeyedLearner: # a fastai `Learner`
     "A fastai learner ready for `fit`"
+    if not 0 <= ema < 1: raise TrainError(f'ema must lie in [0, 1), got {ema}: 0.999 is usual, 0 is none')
     loss, opt_func = CrossEntropy() if loss is None else loss, functools.partial(get_optimizer(opt), wd=weight_decay)
-    name = model if isinstance(model, str) else type(model).__name__
+    name = dict(model=model) if isinstance(model, str) else {}
     if isinstance(model, str):
         with seeded(seed64(seed, 'weights')): model = create_model(model, len(dls.vocab))
     def trained(m): return [p for part in (m, loss) for p in part.parameters() if p.requires_grad]
-    choices = dict(model=name, loss=type(loss).__name__, opt=opt, weight_decay=weight_decay, clip_norm=clip_norm,
-                   seed=seed, batches=len(dls.train))
+    choices = (_network_choices(model, loss) | name | _data_choices(dls)
+               | dict(opt=opt, weight_decay=weight_decay, clip_norm=clip_norm, ema=ema, seed=seed))
     with preserve_rng():
-        cbs = [EpochKeys(), DropoutKey(), FreshNorm(), ClipNorm(clip_norm)]
+        cbs = [EpochKeys(), DropoutKey(), FreshNorm(), ClipNorm(clip_norm), *[AverageWeights(ema)] * (ema > 0)]
         return KeyedLearner(dls, model, loss, opt_func=opt_func, lr=lr, splitter=trained, metrics=accuracy, cbs=cbs,
                             seed=seed, run_dir=run_dir, choices=choices, path=run_dir)
 
@@ -223,7 +344,7 @@ class WarmupCosine(ParamScheduler):
     def before_batch(self):
         self._update_val(self.clock.progress((self.epoch + (self.iter + .5) / self.n_iter) / self.n_epoch))
 
-
+# %% ../../nbs/33_train.learner.ipynb #c01fb819
 class TimeBudget(Callback):
     "End the training part of an epoch when only its validation still fits into the budget"
     order = 91
@@ -231,12 +352,13 @@ class TimeBudget(Callback):
         clock:Clock, # of the run
     ): self.clock, self.measured = clock, clock.reserve > 0
 
-    def before_train(self): self.since = time.perf_counter()
+    def before_train(self): self.since, self.count = time.perf_counter(), 0
 
     def after_batch(self):
         if not self.training: return
+        self.count += 1
         if not self.measured: # a validation batch takes about half of a training batch, at most
-            self.clock.reserve = (time.perf_counter() - self.since) / (self.iter + 1) / 2 * len(self.dls.valid)
+            self.clock.reserve = (time.perf_counter() - self.since) / self.count / 2 * len(self.dls.valid)
         if self.clock.over(): raise CancelTrainException()
 
     def after_cancel_train(self): self.recorder.cancel_train = False # report the part of the epoch that was trained
@@ -253,7 +375,8 @@ class EpochScores(Callback):
         history:History, # the rows of this fit
     ): self.history = history
 
-    def before_epoch(self): self.since, self.sums, self.seen, self.outs = time.perf_counter(), [], 0, []
+    def before_fit(self): self.sums, self.seen, self.spent, self.since = [], 0, 0., 0.
+    def before_epoch(self): self.since, self.outs = time.perf_counter() - self.spent, []
     def after_batch(self):
         n = len(self.yb[0])
         if self.training: self.sums, self.seen = self.sums + [self.learn.loss.detach() * n], self.seen + n
@@ -270,15 +393,30 @@ class EpochScores(Callback):
         train, (valid, accuracy) = torch.stack(self.sums).sum().item() / self.seen, self.validated()
         row = dict(epoch=self.epoch, lr=self.opt.hypers[0]['lr'], train_loss=train, valid_loss=valid,
                    accuracy=accuracy, seconds=time.perf_counter() - self.since)
+        self.sums, self.seen, self.spent, self.since = [], 0, 0., 0.
         if not math.isfinite(train + (valid if self.outs else 0)):
             raise TrainError(f'losses must stay finite, got {train:.3g} in training and {valid:.3g} in validation '
                              f'after epoch {self.epoch}: lower lr, now {row["lr"]:.2g}')
         self.history.rows.append(row)
 
+# %% ../../nbs/33_train.learner.ipynb #1fef5b70
+@patch
+def state_dict(self:EpochScores)->dict: # losses of the batches, samples, seconds
+    "What this epoch has summed up so far"
+    spent = time.perf_counter() - self.since if self.since else 0.
+    return dict(sums=torch.stack(self.sums) if self.sums else torch.zeros(0), seen=self.seen, spent=spent)
+
+
+@patch
+def load_state_dict(self:EpochScores, state:dict)->None:
+    "Go on with a part of an epoch"
+    sums = state['sums'].to(next(self.learn.model.parameters()).device)
+    self.sums, self.seen, self.spent = list(sums), state['seen'], state['spent']
+
 # %% ../../nbs/33_train.learner.ipynb #59b9ef52
 def _copies(learn):
-    "The weights of model and loss, copied"
-    return [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in (learn.model, learn.loss_func)]
+    "The weights of the scored model and of the loss, copied"
+    return [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in (learn.scored, learn.loss_func)]
 
 
 class KeepBest(Callback):
@@ -286,8 +424,7 @@ class KeepBest(Callback):
     order = 70
     def __init__(self,
         history:History, # the rows of this fit
-        kept:list|None=None, # best weights of an earlier part of the fit
-    ): self.history, self.kept = history, kept
+    ): self.history, self.kept = history, None
 
     def after_epoch(self):
         if self.history.best is self.history.rows[-1]: self.kept = _copies(self.learn)
@@ -295,7 +432,14 @@ class KeepBest(Callback):
     def after_fit(self):
         for m, state in zip((self.model, self.loss_func), self.kept or []): m.load_state_dict(state)
 
+    def state_dict(self):
+        return {f'{i}/{k}': v for i, state in enumerate(self.kept or []) for k, v in state.items()}
 
+    def load_state_dict(self, state):
+        parts = [{k[2:]: v for k, v in state.items() if k.startswith(f'{i}/')} for i in range(2)]
+        self.kept = parts if state else None
+
+# %% ../../nbs/33_train.learner.ipynb #a6ed0e9a
 class EarlyStop(Callback):
     "End the fit after too many epochs without gain"
     order = 90
@@ -309,25 +453,121 @@ class EarlyStop(Callback):
     def after_epoch(self):
         if self.history.waited(self.min_delta) >= self.patience: raise CancelFitException()
 
-# %% ../../nbs/33_train.learner.ipynb #faabf6d5
+# %% ../../nbs/33_train.learner.ipynb #bb513ea3
+def _stateful(learn):
+    "The callbacks that have a state, by name"
+    cbs = [cb for cb in learn.cbs if hasattr(type(cb), 'state_dict')]
+    found = {cb.name: cb for cb in cbs}
+    if len(found) < len(cbs): raise TrainError('callbacks with a state must have different names, got '
+                                               f'{[cb.name for cb in cbs]}: leave one out')
+    return found
+
+
+def _give_back(learn, states):
+    "Give each callback the state it had"
+    now = _stateful(learn)
+    if odd := sorted(set(now) ^ set(states)):
+        where = 'in the checkpoint only' if odd[0] in states else 'new'
+        raise TrainError(f'a resumed fit must have the callbacks it began with, but {odd[0]} is {where}: '
+                         'use the same ones, or train in a new folder')
+    for name, cb in now.items(): cb.load_state_dict(states[name])
+
+# %% ../../nbs/33_train.learner.ipynb #4249ea2f
 class CheckpointWriter(Callback):
-    "After each epoch write the whole training state, and the weights when they are the best so far"
+    "Write the whole training state after each epoch, every so many seconds, and when the process is asked to end"
     order = 80
     def __init__(self,
         history:History, # the rows of this fit
         clock:Clock, # of the run
         plan:dict, # settings that a resumed fit must share
-    ): self.history, self.clock, self.plan = history, clock, plan
+        found:object=None, # the checkpoint to begin from
+        every:float=0., # seconds between two checkpoints inside an epoch, 0 = none
+        asked:list=(), # holds a signal when the process is asked to end
+    ):
+        self.history, self.clock, self.plan = history, clock, plan
+        self.found, self.every, self.asked = found, every, asked
+
+    def before_batch(self):
+        if self.training: self.whole = False
+
+    def after_batch(self):
+        if self.training and not _waits(self.opt): self.place, self.whole = (self.epoch, self.iter + 1), True
+        if self.asked and (self.whole or not self.training): self.end()
+        due = self.training and self.every and time.perf_counter() - self.saved >= self.every
+        if due and self.whole: self.save()
+
+    def after_validate(self): self.whole = False
 
     def after_epoch(self):
-        folder = self.run_dir/'checkpoints'
-        state = dict(plan=self.plan, rows=self.history.rows, spent=self.clock.elapsed(), reserve=self.clock.reserve,
-                     threads=torch.get_num_threads(), epoch=self.epoch)
-        save_checkpoint(folder/'last.safetensors', self.model, self.opt, state, loss=self.loss_func)
-        if self.history.best is self.history.rows[-1]:
-            save_checkpoint(folder/'best.safetensors', self.model, None, self.history.rows[-1], loss=self.loss_func)
+        self.place = self.epoch + 1, 0
+        self.save()
+        if self.history.best is self.history.rows[-1]: self.write_best()
+        if self.asked: self.end()
+
+# %% ../../nbs/33_train.learner.ipynb #d86702cb
+def _waits(opt): return any(p.grad is not None for group in opt.param_lists for p in group)
 
 
+@patch
+def before_fit(self:CheckpointWriter):
+    place = self.learn.first_epoch, self.learn.first_batch
+    self.place, self.whole, self.saved = place, False, time.perf_counter()
+    self.learn.rescue = self.save_if_whole
+    if self.found:
+        restore(self.found, self.learn.model, self.opt, loss=self.loss_func)
+        _give_back(self.learn, self.found.extra)
+        self.write_best()
+
+# %% ../../nbs/33_train.learner.ipynb #faabf6d5
+@patch
+def save(self:CheckpointWriter)->None:
+    "Write `last.safetensors`, and keep the generation before it"
+    state = dict(plan=self.plan, rows=self.history.rows, spent=self.clock.elapsed(), reserve=self.clock.reserve,
+                 epoch=self.place[0], batch=self.place[1], threads=torch.get_num_threads(), torch=torch.__version__)
+    save_checkpoint(self.run_dir/'checkpoints/last.safetensors', self.learn.trained, self.opt, state,
+                    loss=self.loss_func, extra=_states(self.learn))
+    self.saved = time.perf_counter()
+
+
+def _states(learn): return {name: cb.state_dict() for name, cb in _stateful(learn).items()}
+
+
+@patch
+def save_if_whole(self:CheckpointWriter)->None:
+    "Save between two batches; inside of one the last checkpoint has to do"
+    if self.whole: self.save()
+
+# %% ../../nbs/33_train.learner.ipynb #abd91220
+@patch
+def write_best(self:CheckpointWriter)->None:
+    "Write `best.safetensors` unless it holds the best epoch"
+    path = self.run_dir/'checkpoints/best.safetensors'
+    if not self.history.rows or _holds(path, self.history.best): return
+    model, loss = self.keep_best.kept
+    save_checkpoint(path, model, None, self.history.best, loss=loss)
+
+
+def _holds(path, row):
+    "Whether a file is whole and of that epoch"
+    try: return read_checkpoint(path).state == row
+    except CheckpointError: return False
+
+# %% ../../nbs/33_train.learner.ipynb #a251a3f6
+@patch
+def end(self:CheckpointWriter)->None:
+    "Save and leave the process with the status of its signal"
+    self.save_if_whole()
+    epoch, batch = self.place
+    _say(self.learn, f'asked to end: saved after batch {batch} of epoch {epoch + 1}, go on with resume')
+    raise SystemExit(128 + self.asked[0])
+
+
+def _say(learn, text):
+    "Tell a person, and the log of the run"
+    print(text, file=sys.stderr, flush=True)
+    if learn.run_dir: RunLog(learn.run_dir/LOG).write('note', text=text)
+
+# %% ../../nbs/33_train.learner.ipynb #dc23575d
 class HistoryWriter(Callback):
     "Write `history.csv` after each epoch"
     order = 66
@@ -350,36 +590,105 @@ class PrintRow(Callback):
         print(f"epoch {r['epoch'] + 1:>3}/{self.n_epoch}  train {r['train_loss']:.3f}  valid {r['valid_loss']:.3f}  "
               f"accuracy {r['accuracy']:.3f}  lr {r['lr']:.1e}  {r['seconds']:.1f} s", flush=True)
 
+# %% ../../nbs/33_train.learner.ipynb #0840b6d9
+class LogWriter(Callback):
+    "Write beginning, epochs, and about once a second the loss of a batch to `log.jsonl`"
+    order = 68
+    def __init__(self,
+        history:History, # the rows of this fit
+    ): self.history = history
+
+    def before_fit(self):
+        self.log, self.logged = RunLog(self.run_dir/LOG), 0.
+        self.log.start(self.n_epoch, len(self.dls.train), self.learn.first_epoch, self.learn.first_batch)
+
+    def after_batch(self):
+        if not self.training or time.perf_counter() - self.logged < 1: return
+        self.logged = time.perf_counter()
+        self.log.write('step', epoch=self.epoch, batch=self.iter + 1, loss=self.learn.loss.item(),
+                       lr=self.opt.hypers[0]['lr'])
+
+    def after_epoch(self): self.log.write('epoch', **self.history.rows[-1])
+
+# %% ../../nbs/33_train.learner.ipynb #5a07e4f0
+@contextmanager
+def end_asked()->Iterator[list]: # gets the signal's number when the process is asked to end
+    "Note SIGTERM instead of dying of it, while the block runs in the main thread"
+    asked, me, before = [], os.getpid(), signal.getsignal(signal.SIGTERM)
+    def note(number, frame):
+        if os.getpid() != me: os._exit(128 + number) # a process that was forked from this one
+        asked.append(number)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield asked # only the main thread may handle signals
+        return
+    signal.signal(signal.SIGTERM, note)
+    try: yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if asked and callable(before): before(asked[0], None)
+
+# %% ../../nbs/33_train.learner.ipynb #77f8b9a9
+def _sentence(e, learn, asked):
+    "The error to raise for `e`"
+    if isinstance(e, PhoenixError): e.args = (str(e.args[0]).split('`:\n\t')[-1],) # without fastai's account
+    if isinstance(e, OSError) and e.errno in DISK_FULL: return write_error(e, Path(learn.run_dir or '.')/LOG)
+    if isinstance(e, RuntimeError) and _worker_died(e):
+        if asked: return SystemExit(128 + asked[0])
+        died = re.search(r'DataLoader worker[^.]*', str(e)).group()
+        cure = 'with resume' if learn.run_dir else 'in a run_dir, which would have kept what was done'
+        return TrainError(f'the processes that read batches must stay alive, but: {died}; mostly memory runs out, so '
+                          f'take fewer workers or a smaller batch, and start again {cure}')
+    return e
+
+# %% ../../nbs/33_train.learner.ipynb #a5ef39d6
+@contextmanager
+def _told(learn, asked):
+    "Errors of the block as one sentence, also in the log"
+    try: yield
+    except BaseException as e:
+        told = _sentence(e, learn, asked)
+        if learn.run_dir:
+            with suppress(OSError): # the disk may be what failed
+                RunLog(learn.run_dir/LOG).write('failed', why=str(told) or type(told).__name__)
+        if told is e: raise
+        raise told from e
+
 # %% ../../nbs/33_train.learner.ipynb #3403b88c
-def _resumed(learn, plan):
-    "What an earlier fit left in the run folder: its state and its best weights; None when it left nothing"
-    folder = learn.run_dir/'checkpoints'
-    path, damaged = newest_checkpoint(folder/'last.safetensors')
-    for why in damaged: print(f'resuming from {path.name}: {why}', file=sys.stderr)
-    if path is None: return None
-    state = read_checkpoint(path).state
-    if state['threads'] != (n := torch.get_num_threads()):
-        print(f"resuming on {n} threads after {state['threads']}: the bytes will not be those of one run",
-              file=sys.stderr)
-    changed = [f'{k} was {v} and is {plan.get(k)}' for k, v in state['plan'].items() if plan.get(k) != v]
+def _plan(learn, **settings):
+    "What a resumed fit must share, as JSON gives it back"
+    return json.loads(json.dumps(learn.choices | settings, default=str))
+
+
+def _compare(state, plan):
+    "Refuse another configuration by the names that differ, and tell what else may change the bytes"
+    old = state['plan']
+    changed = [f'{k} was {old.get(k)} and is {plan.get(k)}' for k in sorted(set(old) | set(plan))
+               if old.get(k) != plan.get(k)]
     if changed: raise TrainError(f'a resumed fit must have the settings it began with, but {", ".join(changed)}: '
                                  'restore them, or train in a new folder')
-    load_checkpoint(path, learn.model, learn.opt, loss=learn.loss_func)
-    best = History(state['rows']).best
-    if best['epoch'] == state['epoch']: return state, _copies(learn)
-    for p in (folder/'best.safetensors', previous_generation(folder/'best.safetensors')):
-        if p.exists() and (c := read_checkpoint(p)).state['epoch'] == best['epoch']:
-            return state, [c.weights(), c.weights('loss')]
-    raise TrainError(f'the best weights, of epoch {best["epoch"]}, must be in the run folder, but they are gone: '
-                     'train again')
+    for what, before, now in (('threads', state['threads'], torch.get_num_threads()),
+                              ('torch', state['torch'], torch.__version__)):
+        if before != now: yield f'resuming with {what} {now} after {before}: the bytes may not be those of one run'
+
+# %% ../../nbs/33_train.learner.ipynb #2b163b28
+def _resumed(learn, plan):
+    "What an earlier fit left in the run folder; None when it left nothing"
+    last = learn.run_dir/'checkpoints/last.safetensors'
+    path, damaged = newest_checkpoint(last)
+    if path is None: return None
+    found = read_checkpoint(path)
+    told = [*(f'resuming from {path.name}: {why}' for why in damaged), *_compare(found.state, plan)]
+    if damaged: set_aside(last)
+    for text in told: _say(learn, text)
+    return found
 
 # %% ../../nbs/33_train.learner.ipynb #69f6d184
-def _callbacks(learn, history, clock, plan, kept, progress):
-    "The callbacks of one fit, and those to leave out"
+def _callbacks(learn, history, clock, plan, progress):
+    "The callbacks of one fit but the one that saves"
     warmup = min(plan['warmup_epochs'] / plan['epochs'], .3)
-    cbs = [WarmupCosine(clock, plan['lr'], warmup), EpochScores(history), KeepBest(history, kept),
+    cbs = [WarmupCosine(clock, plan['lr'], warmup), EpochScores(history), KeepBest(history),
            EarlyStop(history, plan['patience'], plan['min_delta']), TimeBudget(clock)]
-    if learn.run_dir: cbs += [CheckpointWriter(history, clock, plan), HistoryWriter(history)]
+    if learn.run_dir: cbs += [HistoryWriter(history), LogWriter(history)]
     return cbs + ([] if progress else [PrintRow(history)])
 
 
@@ -399,16 +708,39 @@ def _screen(learn, progress):
 
 
 def _beginning(learn, plan, resume):
-    "The state and the best weights that a fit starts from"
+    "The checkpoint that a fit starts from, None at the very beginning"
     if resume and not learn.run_dir:
         raise TrainError('resume needs the folder of the earlier fit, got none: pass run_dir')
     found = _resumed(learn, plan) if resume else None
     if found: return found
     if learn.run_dir and not resume and newest_checkpoint(learn.run_dir/'checkpoints/last.safetensors')[0]:
         raise TrainError('a new fit must have a folder of its own, but this one holds a training: pass resume=True '
-                         'to '
-                         'go on with it, or another run_dir')
-    return dict(rows=[], spent=0., reserve=0.), None
+                         'to go on with it, or another run_dir')
+    return None
+
+# %% ../../nbs/33_train.learner.ipynb #8bb78b12
+@contextmanager
+def _from(learn, epoch, batch):
+    "A learner whose next fit begins at a batch of an epoch"
+    learn.first_epoch, learn.first_batch = epoch, batch
+    try: yield
+    finally: learn.first_epoch, learn.first_batch, learn.averaged, learn.rescue = 0, 0, None, None
+
+
+def _go(learn, plan, found, every, progress):
+    "Train from a checkpoint, or from the beginning"
+    state = found.state if found else dict(rows=[], spent=0., reserve=0., epoch=0, batch=0)
+    history, clock = History(list(state['rows'])), Clock(plan['seconds'], state['spent'], state['reserve'])
+    over = len(history) and _reason(history, clock, plan)
+    place = (plan['epochs'], 0) if over else (state['epoch'], state['batch'])
+    with end_asked() if learn.run_dir else nullcontext([]) as asked, _told(learn, asked):
+        cbs = _callbacks(learn, history, clock, plan, progress)
+        if learn.run_dir: cbs.append(CheckpointWriter(history, clock, plan, found, every, asked))
+        with _from(learn, *place), _screen(learn, progress): learn.fit(plan['epochs'], cbs=cbs)
+        history.stopped = _reason(history, clock, plan)
+        if learn.run_dir: RunLog(learn.run_dir/LOG).write('end', why=history.stopped)
+    if asked: raise SystemExit(128 + asked[0])
+    return history
 
 # %% ../../nbs/33_train.learner.ipynb #a4f29769
 def fit(
@@ -421,29 +753,20 @@ def fit(
     patience:int=10, # epochs without gain after which to stop
     min_delta:float=.001, # least fall of the validation loss that counts as gain
     resume:bool=False, # go on with what the run folder holds
+    save_seconds:float=600., # seconds between two checkpoints inside an epoch, 0 = after epochs only
     progress:bool|None=None, # bars, or one line per epoch; where they can be seen when not given
 )->History: # one row per epoch
     "Train, and leave the learner with the weights of the lowest validation loss"
-    plan = dict(learn.choices, epochs=epochs, lr=learn.lr if lr is None else lr, warmup_epochs=warmup_epochs,
-                seconds=seconds, patience=patience, min_delta=min_delta)
-    if epochs < 1 or patience < 1 or seconds < 0:
-        raise TrainError('epochs and patience must be 1 or more and seconds 0 or more, got '
-                         f'{epochs}, {patience} and {seconds}')
+    plan = _plan(learn, epochs=epochs, lr=learn.lr if lr is None else lr, warmup_epochs=warmup_epochs,
+                 seconds=seconds, patience=patience, min_delta=min_delta)
+    if epochs < 1 or patience < 1 or min(seconds, save_seconds) < 0:
+        raise TrainError('epochs and patience must be 1 or more, seconds and save_seconds 0 or more, got '
+                         f'{epochs}, {patience}, {seconds} and {save_seconds}')
     with preserve_rng():
         learn.create_opt()
-        state, kept = _beginning(learn, plan, resume)
-        history, clock = History(state['rows']), Clock(seconds, state['spent'], state['reserve'])
-        learn.first_epoch = epochs if _reason(history, clock, plan) else len(history)
+        found = _beginning(learn, plan, resume)
         progress = (IN_NOTEBOOK or sys.stdout.isatty()) if progress is None else progress
-        try:
-            cbs = _callbacks(learn, history, clock, plan, kept, progress)
-            with _screen(learn, progress): learn.fit(epochs, cbs=cbs)
-        except PhoenixError as e:
-            e.args = (str(e.args[0]).split('`:\n\t')[-1],) # without fastai's account of the callback
-            raise
-        finally: learn.first_epoch = 0
-    history.stopped = _reason(history, clock, plan)
-    return history
+        return _go(learn, plan, found, save_seconds, progress)
 
 # %% ../../nbs/33_train.learner.ipynb #3ba6966f
 def plot_history(
@@ -486,7 +809,7 @@ class Predictions:
         "Share of images whose largest logit is the label's"
         return float((self.logits.argmax(1) == self.targets).mean())
 
-
+# %% ../../nbs/33_train.learner.ipynb #08b0f77c
 def predict(
     learn:KeyedLearner, # a trained learner
     dl:object, # a loader in fixed order, such as `dls.valid` or `dls.test`
@@ -512,7 +835,7 @@ class Trained:
     valid:Predictions # of the validation images
     test:Predictions # of the test images
 
-
+# %% ../../nbs/33_train.learner.ipynb #6c58c1f8
 def make_loss(
     name:str, # 'cross_entropy' or 'focal'
     targets:np.ndarray, # classes of the training images `(N,)`
