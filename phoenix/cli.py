@@ -95,8 +95,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(split_app, name="split")
 vault_app = typer.Typer(no_args_is_help=True, help="Test labels behind a door that counts each look.")
 app.add_typer(vault_app, name="vault")
-vault_app = typer.Typer(no_args_is_help=True, help="Test labels behind a door that counts each look.")
-app.add_typer(vault_app, name="vault")
 
 # %% ../nbs/91_cli.ipynb #6bc07943
 _NEEDED = ("torch", "fastai", "timm", "onnx", "onnxruntime", "imagehash", "opencv-python-headless", "papermill",
