@@ -70,7 +70,7 @@ def snake_places(
     base = torch.stack(straight).unsqueeze(1) + (count(B)*(H*W)).view(B,1,1,1)
     move = offsets.unflatten(1, (P,K)).permute(1,0,3,4,2).contiguous()
     move = move.clamp(-here.to(move.dtype), room.to(move.dtype))
-    low = torch.minimum(move.detach().floor(), torch.maximum(room-1, -here).to(move.dtype))
+    low = torch.minimum(move.detach().nan_to_num().floor(), torch.maximum(room-1, -here).to(move.dtype))
     pitch = torch.tensor(_pitches(size, lines), dtype=torch.int32, device=offsets.device).view(P,1,1,1,1)
     return (base + low.int()*pitch).view(P,-1,K), (move-low).view(P,-1,K)
 
