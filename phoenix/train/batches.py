@@ -37,7 +37,7 @@ from fastcore.foundation import L
 class BatchError(PhoenixError):
     "Batches that cannot be made or counted as asked"
 
-
+# %% ../../nbs/31c_train.batches.ipynb #45906304
 class Accumulate(Callback):
     "Step once for several batches, with the gradient of the mean over all their samples"
     order, run_valid = 8, False
@@ -168,7 +168,7 @@ def _two_steps(learn, n):
         opt.step()
         opt.zero_grad()
 
-
+# %% ../../nbs/31c_train.batches.ipynb #e27004b7
 def step_bytes(
     learn:Learner, # its network, loss, optimizer and training batches
     n:int, # samples in the batch

@@ -119,7 +119,7 @@ def _log_others(z):
     own = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
     return z[:, None].masked_fill(own, -torch.inf).logsumexp(-1) - z.logsumexp(1, keepdim=True)
 
-
+# %% ../../nbs/30_train.losses.ipynb #3585cbc8
 class Focal(CrossEntropy):
     "Focal loss on logits with one alpha per class, finite for every gamma and every finite logit"
     def __init__(self,
@@ -247,7 +247,7 @@ def class_weights(
                         'leave the class out or add images of it')
     return counts.sum() / (n_classes * counts.float())
 
-
+# %% ../../nbs/30_train.losses.ipynb #3cbfea2d
 def pos_weights(
     targets:Tensor, # labels of every training sample `(N,K)`, 0 or 1
     *,
@@ -273,7 +273,7 @@ def soft_ece(
     gap = member * ((pred == targets).to(logits.dtype) - confidence)[:, None]
     return gap.sum(0).abs().sum() / len(targets)
 
-
+# %% ../../nbs/30_train.losses.ipynb #936abadb
 class CalibrationLoss(CrossEntropy):
     "Cross-entropy plus a share of the soft calibration error of the batch"
     def __init__(self,

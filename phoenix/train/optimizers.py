@@ -74,7 +74,7 @@ def _numbers(group, k):
     return (1 - b1, b2, 1 - b2, b3, 1 - b3, group['eps'] * root, lr * root * (of_m + of_v), of_v / (of_m + of_v),
             1 / (1 + lr * group['weight_decay']))
 
-
+# %% ../../nbs/31_train.optimizers.ipynb #eb6c2d5f
 def _step_block(p, g, m, v, n, before, numbers, a, b):
     "One step in place; `a` and `b` are scratch"
     w1, b2, w2, b3, w3, eps, lr, share, kept = numbers
@@ -235,7 +235,7 @@ def adamw(
     "AdamW of Loshchilov and Hutter (2019)"
     return GroupedOptimizer(params, torch.optim.AdamW, wd=wd, lr=lr, betas=tuple(betas), eps=eps)
 
-
+# %% ../../nbs/31_train.optimizers.ipynb #f8e1b6b2
 def sgd(
     params:Iterable, # parameters, or lists of them
     lr:float=1e-2, # learning rate
