@@ -68,7 +68,7 @@ def read_set(
     look:Callable|None=None, # is shown each grey picture, see `build_manifest`
     progress:bool=False, # a bar while pictures are decoded
 )->Manifest: # of `root`, or of `folder`, which links to it
-    "Manifest of a set; one for segmentation, whose table counts tumour pixels, becomes slices with and without a tumour"
+    "Manifest of a set; where its table counts tumour pixels, of slices with a tumour and without"
     table = Path(root)/"manifest.csv"
     t = pd.read_csv(table, dtype=str, keep_default_na=False) if table.is_file() else pd.DataFrame()
     if not {"image", "patient", "tumour_pixels"} <= set(t): return build_manifest(root, progress=progress, look=look)
