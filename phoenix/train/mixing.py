@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from ..data.loaders import KeyedDL
 from ..data.mixing import Mixture, MixingError, cutmix_images, mixup_images
 from ..settings import did_you_mean
-from .losses import CrossEntropy
+from .losses import CrossEntropy, Focal
 
 # %% ../../nbs/33a_train.mixing.ipynb #3f37f88d
 def sample_losses(
@@ -44,8 +44,9 @@ def label_weights(
     "What the mean of a loss counts each sample as"
     inner = getattr(loss, 'func', loss)
     weight = getattr(inner, 'weight', None)
-    averages = isinstance(inner, (CrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss)) and targets.ndim == 1
-    return weight[targets][:, None] if averages and weight is not None else None
+    if weight is None or isinstance(inner, Focal) or targets.ndim > 1: return None
+    averages = isinstance(inner, (CrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss))
+    return weight[targets][:, None] if averages else None
 
 
 def mixed_loss(
