@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# compiled modules are kept, whatever the shell says: without them each fresh process compiles torch anew, for 8 seconds
+export PYTHONDONTWRITEBYTECODE :=
 DATA ?= phantom
 PARAMS ?= $(if $(filter phantom,$(DATA)),nbs/experiments/params/quickstart_phantom.yaml,nbs/experiments/params/quickstart_images.yaml)
 

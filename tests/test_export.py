@@ -40,7 +40,7 @@ def test_int8_stays_close(name, tmp_path):
     done = quantize_int8(fp32, int8, images)
     a, b = run_logits(fp32, images), run_logits(int8, images)
     noise, signal = np.sqrt(((a-b)**2).mean()), np.sqrt(((a-a.mean(0))**2).mean())
-    assert signal > .02 and noise < .35*signal  # untrained: measured .17-.20; a wrapped cast is far above 1
+    assert signal > .02 and noise < .75*signal  # untrained: .20 to .57 over eight draws; a wrapped cast is far above 1
     assert max(weight_errors(fp32, int8).values()) < .011
     assert not set(quantised_nodes(int8)) & set(float_nodes(fp32))
     if name != 'plain_tiny_ca': assert done['size_ratio'] < .36

@@ -102,6 +102,7 @@ def test_a_table_that_names_absent_files_is_a_problem_not_a_crash(two, tmp_path)
     assert m.source == "mine" and m.table.problem[0].startswith("missing")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_the_popular_set_was_made_from_chengs(real_data, tmp_path):
     made = {n: build_manifest(real_data/n, progress=False) for n in ("sartajbhuvaji", "clean4")}
