@@ -72,7 +72,10 @@ def read_set(
     table = Path(root)/"manifest.csv"
     t = pd.read_csv(table, dtype=str, keep_default_na=False) if table.is_file() else pd.DataFrame()
     if not {"image", "patient", "tumour_pixels"} <= set(t): return build_manifest(root, progress=progress, look=look)
-    label = np.where(t.tumour_pixels.astype(int) > 0, "tumor", "no_tumor")
+    counts = pd.to_numeric(t.tumour_pixels, errors="coerce")
+    if len(bad := t.image[counts.isna()]): raise OverlapError(f"tumour_pixels must be a number in each row, that of "
+                                                             f"{bad.iloc[0]} is none; count the pixels of its mask")
+    label = np.where(counts > 0, "tumor", "no_tumor")
     rows = pd.DataFrame(dict(file=t.image, label=label, patient=t.patient, source=t.get("institution", "")))
     return link_set(root, rows, folder, look=look)
 
