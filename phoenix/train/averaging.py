@@ -62,6 +62,9 @@ class WeightAverage(Callback):
     @property
     def begun(self): return self.epoch >= self.start * self.n_epoch
     def before_fit(self):
+        if hasattr(self.learn, 'averaged'):
+            raise AverageError('WeightAverage needs a plain fastai Learner, a KeyedLearner averages by itself: '
+                               'pass ema=0.999 to make_learner')
         self.average, self.raw = averaged_model(self.learn.model, kind=self.kind, decay=self.decay), None
         if self.loaded is not None: self.average.load_state_dict(self.loaded)
 
