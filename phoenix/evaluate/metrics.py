@@ -97,14 +97,14 @@ def auc(
 )->np.ndarray: # `(...)` area in [0,1], `nan` where one side is empty
     "Area under the ROC curve by ranks, ties counting half"
     score, positive = np.asarray(score), np.asarray(positive, bool)
-    order = np.argsort(score, kind='stable')
-    ranked = score[order]
-    blocks = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    w = np.ones(len(score)) if weights is None else np.asarray(weights, float)[..., order]
-    pos = np.add.reduceat(w*positive[order], blocks, axis=-1)
-    neg = np.add.reduceat(w*~positive[order], blocks, axis=-1)
-    wins = (pos*(np.cumsum(neg, axis=-1) - neg/2)).sum(-1)
-    return _ratio(wins, pos.sum(-1)*neg.sum(-1))
+    w = np.ones(len(score)) if weights is None else np.asarray(weights, float)
+    pos, neg = (m[np.argsort(score[m], kind='stable')] for m in (np.flatnonzero(positive), np.flatnonzero(~positive)))
+    first, last = (np.searchsorted(score[neg], score[pos], side=s) for s in ('left', 'right'))
+    below = np.zeros((*w.shape[:-1], len(neg) + 1))
+    np.cumsum(w.take(neg, -1), axis=-1, out=below[..., 1:])
+    beaten, mine = below.take(first, -1), w.take(pos, -1)
+    beaten = beaten + below.take(last, -1) if (first != last).any() else 2*beaten
+    return _ratio(np.einsum('...n,...n->...', mine, beaten)/2, mine.sum(-1)*below[..., -1])
 
 # %% ../../nbs/40_evaluate.metrics.ipynb #51e99e14
 def roc_points(
