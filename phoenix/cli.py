@@ -7,8 +7,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
-           'watch', 'evaluate', 'cross_validation', 'parameter_search', 'export', 'quantize', 'bench', 'predict', 'run',
-           'verify', 'vault_seal', 'vault_look', 'vault_verify']
+           'watch', 'evaluate', 'cross_validation', 'compare_networks', 'parameter_search', 'export', 'quantize',
+           'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -590,6 +590,23 @@ def cross_validation(
                  synthetic=manifest.synthetic)
     each = lines([dict(fold=k, accuracy=v) for k, v in enumerate(cv.values)])
     return Reply(facts, f"{each}\n\n{lines(rows)}\n\npredictions: {facts['predictions']}")
+
+# %% ../nbs/91_cli.ipynb #3502d5c6
+@command(app, "compare", "phoenix compare snake=runs/folds plain=runs/folds-plain")
+def compare_networks(
+    networks:list[str], # name=folder with out_of_fold.csv, or name=file; the first is the reference
+    output_dir:Path=Path("runs/comparison"), # gets report.html, report.json and three CSV files
+    score:str="macro_recall", # that is tested; macro_recall, accuracy and macro_f1 are shown
+)->Reply: # differences with intervals and corrected tests, in words and as a table
+    "Compare networks on the same out-of-fold predictions"
+    from phoenix.evaluate.compare import compare
+    from phoenix.evaluate.comparison import read_runs, verdicts, write_comparison
+    shown = dict.fromkeys((score, "macro_recall", "accuracy", "macro_f1"))
+    found = compare(read_runs(networks), stats=tuple(shown), n=load_settings().bootstraps)
+    page = write_comparison(output_dir, found)
+    facts = dict(report=str(page), scores=found.scores.to_dict("records"), paired=found.paired.to_dict("records"),
+                 verdicts=verdicts(found))
+    return Reply(facts, "\n".join([lines(facts["scores"]), "", *facts["verdicts"], "", f"report: {page}"]))
 
 # %% ../nbs/91_cli.ipynb #e82205f5
 def _for_experiment(params, experiment):

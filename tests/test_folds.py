@@ -67,6 +67,19 @@ def straight(data, tmp_path_factory):
     return folder
 
 
+def test_the_command_compares_what_the_folds_left(straight, tmp_path):
+    "A network against itself: no difference, one page, and the two tables are two seeds"
+    from phoenix.cli import compare_networks
+    from phoenix.records import read_json
+    found = compare_networks([f"a={straight}", f"a={straight}", f"b={straight/'out_of_fold.csv'}"], tmp_path/"page")
+    row = found.data["paired"][0]
+    assert (row["model"], row["against"], row["difference"], row["low"], row["high"]) == ("a", "b", 0, 0, 0)
+    assert "no difference is shown" in found.data["verdicts"][0]
+    assert {f.name for f in (tmp_path/"page").iterdir()} >= {"report.html", "report.json", "differences.csv"}
+    rows = read_json(tmp_path/"page/report.json")["sections"][0]["numbers"]["cells"]["rows"]
+    assert sorted((r[0], r[1]) for r in rows) == [("a", 0)]*3 + [("a", 1)]*3 + [("b", 0)]*3
+
+
 POINTS = [(1, "history.csv", 3), (0, "history.csv", 2), (1, "out_of_fold.csv", 1), (2, "checkpoints/last.safetensors", 0),
           (2, "history.csv", 4)]
 

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.compare.html.md"""
 __all__ = ['CompareError', 'Comparison', 'compare', 'front', 'plot_scores', 'plot_paired', 'class_recall', 'plot_heatmap',
            'plot_radar', 'plot_rocs', 'plot_confusions', 'plot_front']
 
-# %% ../../nbs/47_evaluate.compare.ipynb #e52d0181
+# %% ../../nbs/47_evaluate.compare.ipynb #21b17335
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from ..settings import PhoenixError, did_you_mean
 from ..train.ensembles import align
 from ..train.folds import OutOfFold
 
-# %% ../../nbs/47_evaluate.compare.ipynb #5189bdf7
+# %% ../../nbs/47_evaluate.compare.ipynb #b11e852f
 class CompareError(PhoenixError):
     "Networks that cannot be compared as asked"
 
@@ -48,7 +48,7 @@ class Comparison:
         "Names of the networks"
         return list(self.probs)
 
-# %% ../../nbs/47_evaluate.compare.ipynb #b50f5aa0
+# %% ../../nbs/47_evaluate.compare.ipynb #575e5503
 def _stack(runs, only):
     "Aligned predictions of all networks and seeds, restricted to some classes"
     if len(runs) < 2: raise CompareError(f'a comparison needs two networks or more, got {list(runs)}: add another')
@@ -64,7 +64,7 @@ def _stack(runs, only):
     keep = np.isin(first.targets, [first.classes.index(c) for c in only or first.classes])
     return first, keep, {name: np.stack([m.probs[keep] for m in members]) for name, members in found.items()}
 
-# %% ../../nbs/47_evaluate.compare.ipynb #f0dedd3c
+# %% ../../nbs/47_evaluate.compare.ipynb #586036fb
 def _score_table(probs, targets, groups, stats, **how):
     "Mean over seeds with its interval, for each network and score"
     def row(name, stat):
@@ -79,7 +79,7 @@ def _cell_table(probs, targets, folds, stat):
     return pd.DataFrame([dict(model=name, seed=s, fold=int(f), value=value(p, folds == f))
                          for name, seeds in probs.items() for s, p in enumerate(seeds) for f in np.unique(folds)])
 
-# %% ../../nbs/47_evaluate.compare.ipynb #7542a983
+# %% ../../nbs/47_evaluate.compare.ipynb #cd887ea3
 def _test(cells, a, b, n_train, n_test):
     "The corrected test over the trainings that two networks share, None for a single split"
     wide = cells.pivot(index=['seed', 'fold'], columns='model', values='value')[[a, b]].dropna()
@@ -94,7 +94,7 @@ def _holm(p):
     if known.any(): p[known] = adjust(p[known], 'holm')
     return p
 
-# %% ../../nbs/47_evaluate.compare.ipynb #29da67b7
+# %% ../../nbs/47_evaluate.compare.ipynb #97c2706c
 def _paired_table(probs, targets, groups, cells, reference, sizes, stat, **how):
     "Reference minus each other network"
     def row(other):
@@ -105,7 +105,7 @@ def _paired_table(probs, targets, groups, cells, reference, sizes, stat, **how):
     table = pd.DataFrame([row(other) for other in probs if other != reference])
     return table.assign(p_holm=_holm(table.p))
 
-# %% ../../nbs/47_evaluate.compare.ipynb #f5a1e249
+# %% ../../nbs/47_evaluate.compare.ipynb #c2377471
 def compare(
     runs:Mapping[str, Sequence[OutOfFold]], # name → one table for each seed; the first name is the reference
     *,
@@ -127,7 +127,7 @@ def compare(
     return Comparison(first.classes, probs, targets, groups, folds,
                       _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats))
 
-# %% ../../nbs/47_evaluate.compare.ipynb #b63cb94a
+# %% ../../nbs/47_evaluate.compare.ipynb #18746639
 def front(
     comparison:Comparison, # from `compare`
     costs:pd.DataFrame, # column `model` and one for each cost, small is good
@@ -152,7 +152,7 @@ def _priced(comparison, costs, cost, stat):
                            'add its row')
     return t
 
-# %% ../../nbs/47_evaluate.compare.ipynb #e816a572
+# %% ../../nbs/47_evaluate.compare.ipynb #534965e2
 def plot_scores(
     comparison:Comparison, # from `compare`
     *,
@@ -173,7 +173,7 @@ def plot_scores(
         ax.set_title(f'Best: {t["mean"].idxmax()}, {100*t["mean"].max():.1f} %', loc='right', fontsize=9)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #531ed42c
+# %% ../../nbs/47_evaluate.compare.ipynb #dee69a2a
 def plot_paired(
     comparison:Comparison, # from `compare`
     *,
@@ -195,7 +195,7 @@ def plot_paired(
         ax.set_title(f'{clear} of {len(t)} differences are clear of 0', loc='right', fontsize=9)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #0c387d7f
+# %% ../../nbs/47_evaluate.compare.ipynb #e66f9d90
 def class_recall(
     comparison:Comparison, # from `compare`
 )->pd.DataFrame: # one row a network, one column a class: share found, mean over seeds
@@ -224,7 +224,7 @@ def plot_heatmap(
         ax.set_title(f'Hardest: {hard.replace("_", " ")}, {100*t[hard].mean():.0f} % found', loc='right', fontsize=9)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #8c919003
+# %% ../../nbs/47_evaluate.compare.ipynb #04556abf
 def plot_radar(
     comparison:Comparison, # from `compare`
     *,
@@ -247,7 +247,7 @@ def plot_radar(
         ax.set_title('Recall of each class; rings at 25, 50, 75, 100 %', fontsize=10)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #06c5c0bb
+# %% ../../nbs/47_evaluate.compare.ipynb #ee60b14d
 def _macro_curve(probs, targets, grid):
     "One-vs-rest ROC curves of all classes and seeds, averaged at the same false-positive rates, and their mean area"
     parts = [(p[:, k], targets == k) for p in probs for k in np.unique(targets)]
@@ -274,7 +274,7 @@ def plot_rocs(
         ax.set_title('One class against the rest, averaged', fontsize=10)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #fd962483
+# %% ../../nbs/47_evaluate.compare.ipynb #7c67da0d
 def plot_confusions(
     comparison:Comparison, # from `compare`
     *,
@@ -301,7 +301,7 @@ def plot_confusions(
         cell.set_title(name, fontsize=7, pad=3)
     return ax
 
-# %% ../../nbs/47_evaluate.compare.ipynb #57b4e8a0
+# %% ../../nbs/47_evaluate.compare.ipynb #7926a81f
 def plot_front(
     comparison:Comparison, # from `compare`
     costs:pd.DataFrame, # column `model` and one for each cost, small is good

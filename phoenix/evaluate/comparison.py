@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.comparison.html.md"""
 # %% auto #0
 __all__ = ['verdicts', 'plot_curves', 'comparison_report', 'write_comparison', 'read_runs']
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #a44b166f
+# %% ../../nbs/48a_evaluate.comparison.ipynb #fb2adcf9
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .statistics import Interval
 from ..records import write_text
 from ..train.folds import OutOfFold, load_out_of_fold
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #ef4fb41d
+# %% ../../nbs/48a_evaluate.comparison.ipynb #3b9a3c5d
 def verdicts(
     comparison:Comparison, # from `compare`
     *,
@@ -42,7 +42,7 @@ def _verdict(r, alpha):
     word = 'and holds over splits and seeds' if r['p_holm'] < alpha else 'but is not shown over splits and seeds'
     return f"{who}; clear of zero on these pictures {word} (p {r['p_holm']:.3f} after Holm)"
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #0a03dc08
+# %% ../../nbs/48a_evaluate.comparison.ipynb #02623971
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
     t = comparison.scores
@@ -71,7 +71,7 @@ def _figures(comparison, costs):
     fronts = [(partial(plot_front, comparison, costs, c), f'Score against {c.replace("_", " ")}.') for c in axes]
     return made + [draw(plot, caption) for plot, caption in fronts]
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #66e7ef76
+# %% ../../nbs/48a_evaluate.comparison.ipynb #f370552b
 def plot_curves(
     histories:Mapping[str, Sequence[pd.DataFrame]], # name → one history a training, with `epoch` and `column`
     column:str='train_loss', # what is drawn
@@ -86,7 +86,7 @@ def plot_curves(
     ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #e9545651
+# %% ../../nbs/48a_evaluate.comparison.ipynb #2c13ee3f
 def comparison_report(
     comparison:Comparison, # from `compare`
     *,
@@ -114,7 +114,7 @@ _LIMITS = ['These are research figures. They are no evidence of use for any pati
            'One recipe for all networks is fair to none of them in particular.',
            'An interval by group holds the networks fixed; only the corrected test speaks of other splits and seeds.']
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #f87ccd22
+# %% ../../nbs/48a_evaluate.comparison.ipynb #c9ae0b2c
 def write_comparison(
     folder:Path, # gets report.html, report.json, scores.csv, trainings.csv and differences.csv
     comparison:Comparison, # from `compare`
@@ -127,7 +127,7 @@ def write_comparison(
         write_text(folder/f'{name}.csv', table.to_csv(index=False))
     return write_report(folder, comparison_report(comparison, **how))
 
-# %% ../../nbs/48a_evaluate.comparison.ipynb #bbdf4aa6
+# %% ../../nbs/48a_evaluate.comparison.ipynb #b7082d2d
 def read_runs(
     named:Sequence[str], # 'name=folder' or 'name=file.csv'; the same name several times is several seeds
 )->dict[str, list[OutOfFold]]: # for `compare`
