@@ -158,7 +158,8 @@ class Pool:
     def provenance(self)->dict: # counts and hashes
         "Which pictures these are"
         t = self.rows()
-        return dict(pictures=len(t), sources={str(k): int(n) for k, n in t.source.value_counts().sort_index().items()},
+        source = t.source.where(t.source != '', self.manifest.source)
+        return dict(pictures=len(t), sources={str(k): int(n) for k, n in source.value_counts().sort_index().items()},
                     pictures_sha256=hash_json(sorted(t.sha256)), manifest_sha256=self.manifest.sha256,
                     certificate_sha256=self.certificate.sha256, refused=len(self.refused),
                     synthetic=bool(self.manifest.synthetic))
@@ -242,8 +243,8 @@ def pretraining_loaders(
     views = views or TwoViews.default(max(preprocess.size))
     one, none = (Slices(cache, r, ['unlabelled'], s) for r, s in ((rows, 'train'), (rows[:0], 'valid')))
     keyed = dict(bs=batch_size, seed=seed, num_workers=workers)
-    loaders = KeyedDL(one, shuffle=True, drop_last=True, augment=views, **keyed), KeyedDL(none, drop_last=False, **keyed)
-    return SliceLoaders(*loaders, device=device or default_device(), certificate=pool.certificate)
+    train, valid = KeyedDL(one, shuffle=True, drop_last=True, augment=views, **keyed), KeyedDL(none, **keyed)
+    return SliceLoaders(train, valid, device=device or default_device(), certificate=pool.certificate)
 
 # %% ../../nbs/38_train.pretrain.ipynb #a12eedcf
 def spread(
@@ -367,7 +368,8 @@ def load_pretrained(
 )->dict: # the provenance of the weights
     "Fill all layers up to the embedding, or none"
     try: raw = Path(path).read_bytes()
-    except FileNotFoundError: raise PretrainError(f'{Path(path).name} must exist, it does not: pretrain first') from None
+    except FileNotFoundError:
+        raise PretrainError(f'{Path(path).name} must exist, it does not: pretrain first') from None
     have, meta = unpack_checkpoint(raw, Path(path).name)
     made = meta.get('provenance')
     if not made: raise PretrainError(f'{Path(path).name} must say what its weights saw, it does not: pretrain again')
