@@ -30,7 +30,7 @@ from fastai.callback.core import Callback
 from ..data.acquire import Manifest
 from ..data.augment import Augment
 from ..data.duplicates import find_pairs
-from ..data.loaders import KeyedDL, Slices, SliceLoaders, build_cache, default_device
+from ..data.loaders import KeyedDL, Slices, SliceLoaders, _crossings, build_cache, default_device
 from ..data.overlap import set_of
 from ..data.preprocess import Preprocess
 from ..data.splits import Certificate, unit_rows
@@ -199,6 +199,8 @@ def pretraining_pool(
         kind = certificate.kind if isinstance(certificate, Certificate) else type(certificate).__name__
         raise PretrainError(f'pretraining must keep clear of a certified test side, got {kind}: make a split that '
                             'does not leak')
+    if n := _crossings(certificate):
+        raise PretrainError(f'a certificate must keep groups and copies on one side, {n} cross: make a new split')
     train = certificate.paths('train')
     if home:
         _check_home(manifest, certificate, home)
