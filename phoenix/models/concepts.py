@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.concepts.html.md"""
 __all__ = ['KINDS', 'concept_features', 'direction', 'Worth', 'direction_worth', 'pooled_gradient', 'tcav_score', 'Tcav', 'tcav',
            'plot_tcav', 'weights_sha256', 'CavBank', 'cavs', 'soft_tcav', 'concept_hinge', 'check_flow']
 
-# %% ../../nbs/26a_models.concepts.ipynb #9e782f2c
+# %% ../../nbs/26a_models.concepts.ipynb #2bf23a3a
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from ..data.concepts import ConceptError, ConceptSet
 from .cam import FeatureTap, as_map, evaluating, layer_gradient
 from ..settings import did_you_mean
 
-# %% ../../nbs/26a_models.concepts.ipynb #e7bbe26e
+# %% ../../nbs/26a_models.concepts.ipynb #b6546b21
 def concept_features(
     model:nn.Module, # any network; left in its mode
     patches:Tensor, # `(N,C,size,size)` in [0, 1]
@@ -46,7 +46,7 @@ def concept_features(
             out.append(as_map(tap[layer], model).flatten(2).mean(2).cpu())
     return torch.cat(out).numpy()
 
-# %% ../../nbs/26a_models.concepts.ipynb #2c7ba03b
+# %% ../../nbs/26a_models.concepts.ipynb #2926f13f
 KINDS = ('logistic', 'svm')
 def _classifier(kind:str):
     "A linear classifier on standardised features"
@@ -66,7 +66,7 @@ def direction(
     v = fitted[-1].coef_[0]/fitted[0].scale_
     return v/np.linalg.norm(v)
 
-# %% ../../nbs/26a_models.concepts.ipynb #35d57728
+# %% ../../nbs/26a_models.concepts.ipynb #50df3d6e
 @dataclass(frozen=True)
 class Worth:
     "How well a direction tells unseen patches apart"
@@ -98,7 +98,7 @@ def direction_worth(
     ci = stats.binomtest(round(share*n), n).proportion_ci(method='wilson')
     return Worth(float(share), float(ci.low), float(ci.high), n)
 
-# %% ../../nbs/26a_models.concepts.ipynb #a6ae8a8e
+# %% ../../nbs/26a_models.concepts.ipynb #c36edf03
 def pooled_gradient(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -116,7 +116,7 @@ def tcav_score(
     "Share of images whose class a step along the direction raises"
     return float((grads.double()@torch.as_tensor(v, dtype=torch.float64)>0).double().mean())
 
-# %% ../../nbs/26a_models.concepts.ipynb #18d8a3eb
+# %% ../../nbs/26a_models.concepts.ipynb #4b8d7a55
 def _holm(p:np.ndarray)->np.ndarray:
     "Adjusted p-values of Holm (1979)"
     order = np.argsort(p)
@@ -129,7 +129,7 @@ def _p_value(scores:np.ndarray, null:np.ndarray)->float:
     moments = [f(o) for o in (scores, null) for f in (np.mean, lambda o: np.std(o, ddof=1), len)]
     return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)
 
-# %% ../../nbs/26a_models.concepts.ipynb #c4f19c4b
+# %% ../../nbs/26a_models.concepts.ipynb #9154de41
 @dataclass(frozen=True)
 class Tcav:
     "Scores of concepts, and which of them may be told"
@@ -155,7 +155,7 @@ def _concept_row(name:str, feats:tuple, others:list, grads:Tensor, null:np.ndarr
                null=null.mean(), p=_p_value(scores, null))
     return row, scores, Worth(share, ci.low, ci.high, n)
 
-# %% ../../nbs/26a_models.concepts.ipynb #b64cf6e6
+# %% ../../nbs/26a_models.concepts.ipynb #d3c9ac6f
 def tcav(
     model:nn.Module, # any classifier
     images:Tensor, # `(B,C,H,W)` in [0, 1], of the class
@@ -180,7 +180,7 @@ def tcav(
     table.loc[table.verdict.eq('no direction'), ['score', 'sd', 'p', 'p_holm']] = np.nan
     return Tcav(table, dict(zip(feats, scores)), null, target, layer)
 
-# %% ../../nbs/26a_models.concepts.ipynb #204cbe5a
+# %% ../../nbs/26a_models.concepts.ipynb #355a7f31
 def plot_tcav(
     found:Tcav, # from `tcav`
     ax:Axes|None=None, # drawn here; a new figure when None
@@ -193,13 +193,13 @@ def plot_tcav(
     for i,r in enumerate(found.table.itertuples()):
         if np.isnan(r.score): ax.text(i, .02, '×', ha='center', color='#b00020', fontsize=14)
         else: ax.bar(i, r.score, yerr=r.sd, width=.6, capsize=3, color='#0072b2' if r.verdict=='depends' else '.65')
-    ax.set(xticks=range(len(found.table)), ylim=(0,1.1), ylabel='TCAV score')
+    ax.set(xticks=range(len(found.table)), xlim=(-.6, len(found.table)-.4), ylim=(0,1.1), ylabel='TCAV score')
     ax.set_xticklabels(found.table.concept, rotation=30, ha='right')
     n = (found.table.verdict=='depends').sum()
     ax.set_title(f'Class {found.target} depends on {n} of {len(found.table)} concepts', fontsize=10)
     return ax
 
-# %% ../../nbs/26a_models.concepts.ipynb #e3025dc1
+# %% ../../nbs/26a_models.concepts.ipynb #9228be34
 def weights_sha256(
     model:nn.Module, # any network
 )->str: # 64 hexadecimal digits
@@ -224,7 +224,7 @@ class CavBank:
 
     def key(self, state:str, concept:ConceptSet)->tuple: return state, self.layer, concept.sha256
 
-# %% ../../nbs/26a_models.concepts.ipynb #4ed70b20
+# %% ../../nbs/26a_models.concepts.ipynb #781ac53e
 def cavs(
     bank:CavBank, # fitted once for each state of the weights
     model:nn.Module, # the network as it is now
@@ -241,7 +241,7 @@ def cavs(
     found = {c.name:bank.store[bank.key(state, c)] for c in bank.concepts}
     return {n:(v.to(device), w) for n,(v,w) in found.items()}
 
-# %% ../../nbs/26a_models.concepts.ipynb #8e13dfa3
+# %% ../../nbs/26a_models.concepts.ipynb #654aa6a3
 def soft_tcav(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -267,7 +267,7 @@ def concept_hinge(
     low = [weight*F.relu(medical-s) for n,s in scores.items() if kinds[n]=='medical']
     return sum(torch.stack(o).mean() for o in (high, low) if o)
 
-# %% ../../nbs/26a_models.concepts.ipynb #4020b795
+# %% ../../nbs/26a_models.concepts.ipynb #64ec1414
 _HEADS = ('head', 'pool', 'backbone.fc', 'backbone.head', 'backbone.classifier')
 def check_flow(
     model:nn.Module, # any classifier
