@@ -9,7 +9,7 @@ __all__ = ['CAMS', 'FUSE', 'CamError', 'FeatureTap', 'evaluating', 'attention_la
            'class_score', 'LayerGradient', 'layer_gradient', 'normalise_cam', 'resize_cam', 'grad_cam',
            'attention_weights', 'rollout', 'attention_rollout', 'plot_map']
 
-# %% ../../nbs/26_models.cam.ipynb #894cc0f0
+# %% ../../nbs/26_models.cam.ipynb #33a62625
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .snake import DynamicSnakeConv
 from ..plots import window
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/26_models.cam.ipynb #0d19a729
+# %% ../../nbs/26_models.cam.ipynb #b48b6210
 class CamError(PhoenixError):
     "A map that this network cannot give"
 
@@ -51,7 +51,7 @@ class FeatureTap:
 
     def __getitem__(self, layer): return self.maps[layer]
 
-# %% ../../nbs/26_models.cam.ipynb #b09addd9
+# %% ../../nbs/26_models.cam.ipynb #7c849c8a
 @contextmanager
 def evaluating(
     model:nn.Module, # any network
@@ -64,7 +64,7 @@ def evaluating(
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../../nbs/26_models.cam.ipynb #93069302
+# %% ../../nbs/26_models.cam.ipynb #075a1f2d
 def attention_layers(
     model:nn.Module, # any network
 )->dict[str,nn.Module]: # by path, from the input to the logits
@@ -85,7 +85,7 @@ def second_derivatives(
     finally:
         for (m,k,_),v in zip(parts, before): setattr(m, k, v)
 
-# %% ../../nbs/26_models.cam.ipynb #13388703
+# %% ../../nbs/26_models.cam.ipynb #08c23efd
 def last_map(
     model:nn.Module, # a `Classifier`
     x:Tensor, # `(B,C,H,W)` in [0, 1]; the first image is looked at
@@ -101,7 +101,7 @@ def last_map(
     if not norms: raise CamError(f"layer must be named for this network, whose last features have {shapes[name]} axes.")
     return norms[-1]
 
-# %% ../../nbs/26_models.cam.ipynb #73174616
+# %% ../../nbs/26_models.cam.ipynb #cf031abd
 def as_map(
     features:Tensor, # `(B,c,*S)`, `(B,h,w,c)` of networks that say so, or `(B,tokens,c)`
     model:nn.Module, # the network they come from
@@ -113,13 +113,14 @@ def as_map(
     tokens = features[:,getattr(body, 'num_prefix_tokens', 0):]
     h, w = getattr(getattr(body, 'patch_embed', None), 'grid_size', (0,0))
     if h*w!=tokens.shape[1]: h = w = round(tokens.shape[1]**.5)
-    if h*w!=tokens.shape[1]: raise CamError(f"tokens must fill a square, got {tokens.shape[1]} of them: name another layer.")
+    if h*w!=tokens.shape[1]:
+        raise CamError(f"tokens must fill a square, got {tokens.shape[1]} of them: name another layer.")
     return tokens.transpose(1, 2).unflatten(2, (h, w))
 
-# %% ../../nbs/26_models.cam.ipynb #e3acccf3
+# %% ../../nbs/26_models.cam.ipynb #8324fdb3
 def class_score(
     logits:Tensor, # `(B,K)`
-    target:Tensor|int|Callable|None=None, # class of each image, one for all, or a function of the logits; the prediction if None
+    target:Tensor|int|Callable|None=None, # class of each image or of all, or a function of the logits; prediction if None
 )->Tensor: # `(B,)`
     "The number for each image that a map explains"
     if callable(target): return target(logits)
@@ -129,7 +130,7 @@ def class_score(
         raise CamError(f"target must lie in 0…{logits.shape[1]-1}, got {target.tolist()}: correct it.")
     return logits.gather(1, target[:,None])[:,0]
 
-# %% ../../nbs/26_models.cam.ipynb #fd077180
+# %% ../../nbs/26_models.cam.ipynb #d6d484e2
 @dataclass(frozen=True)
 class LayerGradient:
     "A feature map and the gradient of a score with respect to it"
@@ -158,13 +159,15 @@ def layer_gradient(
         tap = stack.enter_context(FeatureTap(model, layer))
         logits = model(_ready(model, x))
         out = tap.maps.get(layer)
-        if not isinstance(out, Tensor): raise CamError(f"layer must give a tensor, got {type(out).__name__} at {layer}.")
-        grads, = torch.autograd.grad(class_score(logits, target).sum(), out, create_graph=create_graph, allow_unused=True)
+        if not isinstance(out, Tensor):
+            raise CamError(f"layer must give a tensor, got {type(out).__name__} at {layer}: name another.")
+        score = class_score(logits, target).sum()
+        grads, = torch.autograd.grad(score, out, create_graph=create_graph, allow_unused=True)
     if grads is None: raise CamError(f"layer must lie on the way to the logits, got {layer}: name another.")
     parts = [logits, as_map(out, model), as_map(grads, model)]
     return LayerGradient(*parts if create_graph else [p.detach() for p in parts])
 
-# %% ../../nbs/26_models.cam.ipynb #cb93405d
+# %% ../../nbs/26_models.cam.ipynb #fdca0c53
 def _gradcam(a:Tensor, g:Tensor)->Tensor: return (a*g.flatten(2).mean(2).view(*g.shape[:2], *[1]*(g.ndim-2))).sum(1)
 
 def _gradcampp(a:Tensor, g:Tensor)->Tensor:
@@ -176,10 +179,10 @@ def _gradcampp(a:Tensor, g:Tensor)->Tensor:
 
 def _hirescam(a:Tensor, g:Tensor)->Tensor: return (a*g).sum(1)
 
-# %% ../../nbs/26_models.cam.ipynb #ebc83b0f
+# %% ../../nbs/26_models.cam.ipynb #c8269084
 CAMS = {'gradcam':_gradcam, 'gradcam++':_gradcampp, 'hirescam':_hirescam}
 
-# %% ../../nbs/26_models.cam.ipynb #748a77ca
+# %% ../../nbs/26_models.cam.ipynb #20f45f8b
 def normalise_cam(
     cam:Tensor, # `(B,*S)`, at least 0
     p:float=32., # order of the norm; larger is nearer to the maximum
@@ -190,7 +193,7 @@ def normalise_cam(
     norm = scaled.pow(p).flatten(1).sum(1).clamp_min(1).pow(1/p).view_as(top) # at least 1, unless the map is 0
     return scaled/norm
 
-# %% ../../nbs/26_models.cam.ipynb #73a334c3
+# %% ../../nbs/26_models.cam.ipynb #e53f8b59
 def resize_cam(
     cam:Tensor, # `(B,*S)`
     size:tuple[int,...], # of the picture
@@ -199,7 +202,7 @@ def resize_cam(
     mode = {1:'linear', 2:'bilinear', 3:'trilinear'}[len(size)]
     return F.interpolate(cam[:,None], size, mode=mode, align_corners=False)[:,0]
 
-# %% ../../nbs/26_models.cam.ipynb #7c1993de
+# %% ../../nbs/26_models.cam.ipynb #a8b8c1f8
 def grad_cam(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,*S)` in [0, 1]
@@ -217,21 +220,22 @@ def grad_cam(
     cam = F.relu(CAMS[method](g.maps, g.grads))
     return cam if raw else normalise_cam(resize_cam(cam, x.shape[2:]))
 
-# %% ../../nbs/26_models.cam.ipynb #06cb7627
+# %% ../../nbs/26_models.cam.ipynb #56a4be63
 @contextmanager
 def attention_weights(
     model:nn.Module, # a network with attention layers
 )->Iterator[list[Tensor]]: # gets `(B,heads,N,N)` of each layer in the order in which they run
     "The attention weights of the forward passes in a block"
     seen, layers = [], attention_layers(model)
-    if not layers: raise CamError(f"model must have attention layers, got {type(model).__name__} without any: take grad_cam.")
+    if not layers:
+        raise CamError(f"model must have attention layers, got {type(model).__name__} without any: take grad_cam.")
     with second_derivatives(model):
         hooks = [m.attn_drop.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for m in layers.values()]
         try: yield seen
         finally:
             for h in hooks: h.remove()
 
-# %% ../../nbs/26_models.cam.ipynb #b952e48b
+# %% ../../nbs/26_models.cam.ipynb #1018ee5c
 FUSE = {'mean':lambda w: w.mean(1), 'max':lambda w: w.amax(1), 'min':lambda w: w.amin(1)}
 def rollout(
     weights:list[Tensor], # `(B,heads,N,N)` of each layer, from the input on; rows sum to 1
@@ -250,7 +254,7 @@ def rollout(
         total = a if total is None else a@total
     return total
 
-# %% ../../nbs/26_models.cam.ipynb #845dc8ae
+# %% ../../nbs/26_models.cam.ipynb #18723952
 def attention_rollout(
     model:nn.Module, # a transformer of timm, or a network of the family with a transformer head
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -265,7 +269,7 @@ def attention_rollout(
     row = total[:,0] if first and getattr(body, 'global_pool', '')=='token' else total[:,first:].mean(1)
     return normalise_cam(resize_cam(as_map(row[...,None], model)[:,0], x.shape[2:]))
 
-# %% ../../nbs/26_models.cam.ipynb #d1d33247
+# %% ../../nbs/26_models.cam.ipynb #c0bd88e4
 def plot_map(
     image:Tensor, # `(C,H,W)` or `(H,W)`; the middle channel is drawn
     heat:Tensor, # `(H,W)`; negative values are drawn as 0
@@ -282,8 +286,8 @@ def plot_map(
     ax.imshow(window(grey.cpu().numpy()), cmap='gray', vmin=0, vmax=1)
     ax.imshow(heat.cpu().numpy(), cmap='inferno', vmin=0, vmax=1, alpha=(.7*heat.clamp_max(1)).cpu().numpy())
     if outline is not None and outline.any(): ax.contour(outline.cpu().numpy(), [.5], colors='#56b4e9', linewidths=.8)
-    if stamp: ax.text(.5, .5, stamp, transform=ax.transAxes, color='white', ha='center', va='center', rotation=25, fontsize=8,
-                      weight='bold', bbox=dict(facecolor='#b00020', alpha=.75, edgecolor='none'))
+    if stamp: ax.text(.5, .5, stamp, transform=ax.transAxes, color='white', ha='center', va='center', rotation=25,
+                      fontsize=8, weight='bold', bbox=dict(facecolor='#b00020', alpha=.75, edgecolor='none'))
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=8)
     ax.grid(False)
