@@ -9,7 +9,7 @@ __all__ = ['MAPS', 'FILLS', 'ExplainError', 'Attribution', 'integrated_gradients
            'cascade', 'Randomised', 'randomisation', 'hottest_first', 'Curve', 'removal', 'mean_interval',
            'deletion_gain', 'box_masks', 'pointing', 'MapCheck', 'check_map', 'plot_checks', 'linear_cka']
 
-# %% ../../nbs/45_evaluate.explain.ipynb #4ec724e8
+# %% ../../nbs/45_evaluate.explain.ipynb #cdff0fbd
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..models.neurosnake import snake_taps
 from ..models.stability import likeness, spearman, ssim
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/45_evaluate.explain.ipynb #45b792e7
+# %% ../../nbs/45_evaluate.explain.ipynb #6332f291
 class ExplainError(PhoenixError):
     "An explanation that cannot be made or tested"
 
@@ -55,7 +55,7 @@ class Attribution:
         "The size of each contribution"
         return normalise_cam(self.pixels.abs())
 
-# %% ../../nbs/45_evaluate.explain.ipynb #09d2f838
+# %% ../../nbs/45_evaluate.explain.ipynb #5cfce36d
 def _targets(model:nn.Module, x:Tensor, target:Tensor|int|None)->Tensor:
     "A class for each image, the prediction if None"
     if target is None:
@@ -79,7 +79,7 @@ def integrated_gradients(
     pixels = pixels.detach().sum(1)
     return Attribution(pixels, (pixels.sum((1,2))-change).abs()/change.abs().clamp_min(1e-12))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #f7a915ad
+# %% ../../nbs/45_evaluate.explain.ipynb #fd4e87c6
 def occlusion(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -95,7 +95,7 @@ def occlusion(
         how = _captum().Occlusion(model)
         return how.attribute(x, (c, side, side), (c, stride, stride), base, y, perturbations_per_eval=8).sum(1)/c
 
-# %% ../../nbs/45_evaluate.explain.ipynb #29cd4161
+# %% ../../nbs/45_evaluate.explain.ipynb #9c38bd98
 def snake_bend(
     model:nn.Module, # a NeuroSnake with snakes
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -112,9 +112,11 @@ def snake_bend(
         out.append(torch.from_numpy(bend).float())
     return normalise_cam(resize_cam(torch.stack(out).to(x.device), x.shape[2:]))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #81ae2b35
+# %% ../../nbs/45_evaluate.explain.ipynb #d4a00b96
 def _ig(model, x, target=None): return integrated_gradients(model, x, target).heat
-def _occlusion(model, x, target=None): return normalise_cam(occlusion(model, x, target).clamp_min(0))
+def _occlusion(model, x, target=None):
+    side = max(2, min(x.shape[2:])//8)
+    return normalise_cam(occlusion(model, x, target, side=side, stride=max(1, side//2)).clamp_min(0))
 def _rollout(model, x, target=None): return attention_rollout(model, x)
 
 MAPS = {**{m:partial(grad_cam, method=m) for m in ('gradcam', 'gradcam++', 'hirescam')},
@@ -128,7 +130,7 @@ def map_names(
     wants = {'rollout':bool(attention_layers(model)), 'snake bend':snakes}
     return [n for n in MAPS if wants.get(n, True)]
 
-# %% ../../nbs/45_evaluate.explain.ipynb #3bc63876
+# %% ../../nbs/45_evaluate.explain.ipynb #4def3a25
 def cascade(
     model:nn.Module, # any network; left untouched
     seed:int=42, # key of the draws
@@ -151,7 +153,7 @@ class Randomised:
     rows:pd.DataFrame # a row for each depth: groups, and the mean of each measure
     final:np.ndarray # `(B,)` rank correlation when all is drawn anew; nan where the trained map is constant
 
-# %% ../../nbs/45_evaluate.explain.ipynb #1cd6898a
+# %% ../../nbs/45_evaluate.explain.ipynb #4b15674a
 def randomisation(
     model:nn.Module, # any network
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -174,7 +176,7 @@ def randomisation(
     empty = (first.flatten(1).amax(1)==first.flatten(1).amin(1)).cpu().numpy()
     return Randomised(pd.DataFrame(rows), np.where(gone.cpu().numpy() & ~empty, 0., r)) # a map that vanished fell apart
 
-# %% ../../nbs/45_evaluate.explain.ipynb #eb82814a
+# %% ../../nbs/45_evaluate.explain.ipynb #b13d2e70
 def _blur(x:Tensor)->Tensor:
     "A picture without detail"
     k = max(3, min(x.shape[2:])//4)|1
@@ -192,7 +194,7 @@ def hottest_first(
     mix = torch.randperm(flat.shape[1], generator=torch_generator(seed, 'hottest'))
     return mix.to(flat.device)[flat[:,mix].argsort(dim=1, descending=True, stable=True)]
 
-# %% ../../nbs/45_evaluate.explain.ipynb #4bf77473
+# %% ../../nbs/45_evaluate.explain.ipynb #06c24174
 @dataclass(frozen=True)
 class Curve:
     "A score as pixels go"
@@ -228,7 +230,7 @@ def removal(
             values.append(class_score(logits if callable(y) else logits.softmax(1), y).cpu().numpy())
     return Curve(counts/n, np.stack(values, 1))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #751f83b9
+# %% ../../nbs/45_evaluate.explain.ipynb #94c4c6b2
 def mean_interval(
     values:np.ndarray, # `(N,)`; nan are left out
     groups:Sequence|None=None, # `(N,)` patient of each; None: every one its own
@@ -262,7 +264,7 @@ def deletion_gain(
             for end,h in (('', heat), ('_random', noise)) for name in ('deletion', 'insertion')}
     return pd.DataFrame(area)
 
-# %% ../../nbs/45_evaluate.explain.ipynb #464ae8b2
+# %% ../../nbs/45_evaluate.explain.ipynb #1c3c01fd
 def box_masks(
     boxes:Tensor, # `(B,4)` x0, y0, x1, y1 in pixels from the top left corner; ends are outside
     size:tuple[int,int], # height and width
@@ -287,7 +289,7 @@ def pointing(
                          inside=h[m].sum()/h.sum() if h.sum()>0 else np.nan))
     return pd.DataFrame(rows, columns=['image', 'hit', 'chance', 'inside'])
 
-# %% ../../nbs/45_evaluate.explain.ipynb #f57ff5a3
+# %% ../../nbs/45_evaluate.explain.ipynb #5113f7bd
 @dataclass(frozen=True)
 class MapCheck:
     "What the tests say of one kind of map"
@@ -314,7 +316,7 @@ def _row(test:str, values:np.ndarray, groups:Sequence|None, limit:float, below:b
     passed = bool(high<limit if below else low>limit)
     return dict(test=test, value=value, low=low, high=high, limit=limit, passed=passed)
 
-# %% ../../nbs/45_evaluate.explain.ipynb #73639271
+# %% ../../nbs/45_evaluate.explain.ipynb #da2ff8e4
 def check_map(
     name:str, # a key of `MAPS`, or any name with `explain`
     model:nn.Module, # any classifier
@@ -346,7 +348,7 @@ def check_map(
         rows.append(_row('stability', ssim(heat, explain(model, changed, y)).numpy(), groups, .5, False))
     return MapCheck(name, pd.DataFrame(rows), int((heat.flatten(1).amax(1)==0).sum()))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #09959c46
+# %% ../../nbs/45_evaluate.explain.ipynb #1c61c4cb
 def plot_checks(
     checks:Sequence[MapCheck], # one for each map
     model:nn.Module, # that the maps are of
@@ -366,7 +368,7 @@ def plot_checks(
         plot_map(image, heat, title=title, stamp=c.stamp, outline=mask, ax=ax)
     return axes
 
-# %% ../../nbs/45_evaluate.explain.ipynb #2a2b3a1a
+# %% ../../nbs/45_evaluate.explain.ipynb #d153f375
 def _hsic(k:np.ndarray, l:np.ndarray)->float:
     "The unbiased estimator of Song et al. (2012), Eq. 5"
     n, k, l = len(k), k.copy(), l.copy()

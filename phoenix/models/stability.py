@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.stability.html.md"""
 __all__ = ['MS_WEIGHTS', 'MEASURES', 'StabilityError', 'ssim', 'ms_ssim', 'spearman', 'normalised_l2', 'cosine', 'topk_iou',
            'Likeness', 'likeness']
 
-# %% ../../nbs/26b_models.stability.ipynb #93ee4f2e
+# %% ../../nbs/26b_models.stability.ipynb #2e0c5db7
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..settings import PhoenixError
 
-# %% ../../nbs/26b_models.stability.ipynb #6f764abb
+# %% ../../nbs/26b_models.stability.ipynb #3ed4ffe5
 class StabilityError(PhoenixError):
     "Maps that cannot be compared"
 
@@ -42,11 +42,13 @@ def _ssim_parts(a:Tensor, b:Tensor, window:int=11, sigma:float=1.5, k1:float=.01
     if min(a.shape[1:])<window:
         raise StabilityError(f"a map must hold a window of {window}, got {tuple(a.shape[1:])}: resize it.")
     ma, mb = _smooth(a, window, sigma), _smooth(b, window, sigma)
-    va, vb, cov = (_smooth(p*q, window, sigma)-m*n for p,q,m,n in ((a,a,ma,ma), (b,b,mb,mb), (a,b,ma,mb)))
+    a, b = a-a.mean((1,2), keepdim=True), b-b.mean((1,2), keepdim=True) # squares of large means would drown variances
+    ca, cb = _smooth(a, window, sigma), _smooth(b, window, sigma)
+    va, vb, cov = (_smooth(p*q, window, sigma)-m*n for p,q,m,n in ((a,a,ca,ca), (b,b,cb,cb), (a,b,ca,cb)))
     cs = (2*cov+k2**2)/(va+vb+k2**2)
     return ((2*ma*mb+k1**2)/(ma**2+mb**2+k1**2)*cs).mean((1,2)), cs.mean((1,2))
 
-# %% ../../nbs/26b_models.stability.ipynb #bcabfadd
+# %% ../../nbs/26b_models.stability.ipynb #3f16aafa
 def ssim(
     a:Tensor, # `(B,H,W)` in [0, 1], at least 11 each way
     b:Tensor, # as `a`
@@ -69,7 +71,7 @@ def ms_ssim(
         a, b = (F.avg_pool2d(o[:,None], 2)[:,0] for o in (a, b))
     return torch.stack(parts, 1).pow(weights/weights.sum()).prod(1)
 
-# %% ../../nbs/26b_models.stability.ipynb #ed056eb3
+# %% ../../nbs/26b_models.stability.ipynb #bcfadb1b
 def _constant(x:Tensor)->Tensor:
     "Which maps have one value everywhere"
     flat = x.flatten(1)
@@ -93,7 +95,7 @@ def normalised_l2(
     _pair(a, b)
     return (a-b).flatten(1).norm(dim=1)/(a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1))
 
-# %% ../../nbs/26b_models.stability.ipynb #ddad27f9
+# %% ../../nbs/26b_models.stability.ipynb #543fd5f0
 def cosine(
     a:Tensor, # `(B,*S)`
     b:Tensor, # as `a`
@@ -114,7 +116,7 @@ def topk_iou(
     iou = (hot[0]&hot[1]).sum(1)/(hot[0]|hot[1]).sum(1)
     return iou.masked_fill(_constant(a)|_constant(b), torch.nan)
 
-# %% ../../nbs/26b_models.stability.ipynb #15304620
+# %% ../../nbs/26b_models.stability.ipynb #889faefb
 MEASURES = dict(ssim=ssim, ms_ssim=ms_ssim, spearman=spearman, normalised_l2=normalised_l2, cosine=cosine,
                 topk_iou=topk_iou)
 
