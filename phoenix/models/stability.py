@@ -8,10 +8,9 @@ Docs: https://phoenix-mri.github.io/phoenix/models.stability.html.md"""
 __all__ = ['MS_WEIGHTS', 'MEASURES', 'StabilityError', 'ssim', 'ms_ssim', 'spearman', 'normalised_l2', 'cosine', 'topk_iou',
            'Likeness', 'likeness']
 
-# %% ../../nbs/26b_models.stability.ipynb #2e0c5db7
+# %% ../../nbs/26b_models.stability.ipynb #dd51990d
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..settings import PhoenixError
 
-# %% ../../nbs/26b_models.stability.ipynb #3ed4ffe5
+# %% ../../nbs/26b_models.stability.ipynb #35e61d5a
 class StabilityError(PhoenixError):
     "Maps that cannot be compared"
 
@@ -48,7 +47,7 @@ def _ssim_parts(a:Tensor, b:Tensor, window:int=11, sigma:float=1.5, k1:float=.01
     cs = (2*cov+k2**2)/(va+vb+k2**2)
     return ((2*ma*mb+k1**2)/(ma**2+mb**2+k1**2)*cs).mean((1,2)), cs.mean((1,2))
 
-# %% ../../nbs/26b_models.stability.ipynb #3f16aafa
+# %% ../../nbs/26b_models.stability.ipynb #39f73bfa
 def ssim(
     a:Tensor, # `(B,H,W)` in [0, 1], at least 11 each way
     b:Tensor, # as `a`
@@ -71,7 +70,7 @@ def ms_ssim(
         a, b = (F.avg_pool2d(o[:,None], 2)[:,0] for o in (a, b))
     return torch.stack(parts, 1).pow(weights/weights.sum()).prod(1)
 
-# %% ../../nbs/26b_models.stability.ipynb #bcfadb1b
+# %% ../../nbs/26b_models.stability.ipynb #25084f83
 def _constant(x:Tensor)->Tensor:
     "Which maps have one value everywhere"
     flat = x.flatten(1)
@@ -95,7 +94,7 @@ def normalised_l2(
     _pair(a, b)
     return (a-b).flatten(1).norm(dim=1)/(a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1))
 
-# %% ../../nbs/26b_models.stability.ipynb #543fd5f0
+# %% ../../nbs/26b_models.stability.ipynb #c66c86e5
 def cosine(
     a:Tensor, # `(B,*S)`
     b:Tensor, # as `a`
@@ -116,7 +115,7 @@ def topk_iou(
     iou = (hot[0]&hot[1]).sum(1)/(hot[0]|hot[1]).sum(1)
     return iou.masked_fill(_constant(a)|_constant(b), torch.nan)
 
-# %% ../../nbs/26b_models.stability.ipynb #889faefb
+# %% ../../nbs/26b_models.stability.ipynb #f8588481
 MEASURES = dict(ssim=ssim, ms_ssim=ms_ssim, spearman=spearman, normalised_l2=normalised_l2, cosine=cosine,
                 topk_iou=topk_iou)
 

@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/train.adversarial.html.md"""
 
 # %% auto #0
 __all__ = ['METHODS', 'NORMS', 'trades_loss', 'boosted_cross_entropy', 'mart_loss', 'still_statistics', 'second_pass',
-           'OwnStatistics', 'Adversary', 'AdversarialTraining']
+           'OwnStatistics', 'Adversary', 'AdversarialTraining', 'WeightPerturbation', 'RobustScores', 'OverfitAlarm',
+           'with_adversary']
 
 # %% ../../nbs/39a_train.adversarial.ipynb #caa04822
 import warnings
@@ -23,7 +24,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..settings import did_you_mean
-from .attacks import AttackError, fgsm, gradient, is_right, kl, pgd
+from .attacks import AttackError, fgsm, is_right, kl, pgd
 from .log import LOG, RunLog
 from .mixing import Mix, epoch_numbers
 
@@ -234,3 +235,116 @@ def after_loss(self:AdversarialTraining):
     clean, adv = (other, self.pred) if self.norm == 'adv' else (self.pred, other)
     self.learn.loss_grad = self.objective(clean, adv, self.y)
     self.learn.loss = self.learn.loss_grad.clone()
+
+# %% ../../nbs/39a_train.adversarial.ipynb #39ae593f
+class WeightPerturbation(Callback):
+    "Take each gradient at weights that were pushed uphill"
+    order, run_valid = 9.5, False # after the images are attacked
+    def __init__(self,
+        gamma:float=.005, # length of the push, as a share of each layer's length
+        warmup_epochs:float=0., # epochs without a push
+    ):
+        if not 0 < gamma < 1: raise AttackError(f'gamma must lie in (0, 1), got {gamma}: 0.005 is usual')
+        self.gamma, self.warmup_epochs, self.kept = gamma, warmup_epochs, []
+
+    def before_batch(self):
+        if self.epoch < self.warmup_epochs: return
+        at, ws = self.adversarial_training, [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        with still_statistics(self.model):
+            adv = self.model(at.attacked)
+            loss = at.objective(adv if at.alone else self.model(at.clean), adv, self.y)
+        with torch.no_grad():
+            for w, g in zip(ws, torch.autograd.grad(loss, ws, allow_unused=True)):
+                if g is None: continue
+                self.kept.append((w, w.detach().clone()))
+                w.add_(g, alpha=(self.gamma*w.norm()/(g.norm() + 1e-12)).item())
+
+    def back(self):
+        "Put the weights back"
+        with torch.no_grad():
+            for w, was in self.kept: w.copy_(was)
+        self.kept = []
+
+    after_backward = after_cancel_backward = after_cancel_batch = after_cancel_fit = back
+
+# %% ../../nbs/39a_train.adversarial.ipynb #3c2ff240
+class RobustScores(Callback):
+    "Accuracy under attack on the validation images, which then decides what is kept and when to stop"
+    order = 65.5 # after the epoch is measured, before it is written
+    def __init__(self,
+        adversary:Adversary=Adversary(), # bound and steps; the bound doesn't grow here
+    ): self.adversary = adversary
+
+    def before_validate(self): self.right, self.seen = 0, 0
+
+    def after_pred(self):
+        if self.training or not len(self.yb): return
+        x, y = self.x.as_subclass(Tensor), self.y.as_subclass(Tensor)
+        numbers = range(self.seen, self.seen + len(x))
+        adv = pgd(self.model, x, y, loss='margin', indices=numbers, **self.adversary.options(x))
+        self.right, self.seen = self.right + is_right(self.model, adv, y).sum().item(), self.seen + len(x)
+
+    def after_epoch(self):
+        history = getattr(self.learn, 'epoch_scores', None)
+        if history is None or not self.seen: return
+        row = history.history.rows[-1]
+        row.update(clean_loss=row['valid_loss'], robust_accuracy=self.right/self.seen,
+                   valid_loss=1 - self.right/self.seen)
+
+# %% ../../nbs/39a_train.adversarial.ipynb #ebc82288
+class OverfitAlarm(Callback):
+    "Warn when a network withstands one step and not several"
+    order, run_valid = 65.6, False
+    def __init__(self,
+        gap:float=.3, # accuracy under FGSM minus that under PGD which is too much
+        images:int=128, # the last training images are taken
+        steps:int=10, # of the attack with small steps
+    ): self.gap, self.images, self.steps, self.alarms = gap, images, steps, []
+
+    def before_train(self): self.last = []
+    def after_batch(self):
+        if not self.training: return
+        at = self.adversarial_training
+        self.last.append((at.clean, self.y.as_subclass(Tensor)))
+        while sum(len(y) for _, y in self.last[1:]) >= self.images: self.last.pop(0)
+
+    def after_train(self):
+        if not self.last: return
+        x, y = (torch.cat(t)[-self.images:] for t in zip(*self.last))
+        how = self.adversarial_training.adversary.options(x)
+        one = fgsm(self.model, x, y, eps=how['eps'], mask=how['mask'])
+        many = pgd(self.model, x, y, **how | dict(steps=self.steps, step_size=how['eps']/4))
+        self.found = [is_right(self.model, a, y).float().mean().item() for a in (one, many)]
+
+# %% ../../nbs/39a_train.adversarial.ipynb #a1d6786e
+@patch
+def after_epoch(self:OverfitAlarm):
+    if not self.last: return
+    one, many = self.found
+    scores = getattr(self.learn, 'epoch_scores', None)
+    if scores is not None: scores.history.rows[-1].update(fgsm_accuracy=one, pgd_accuracy=many)
+    if one - many <= self.gap: return
+    text = (f'catastrophic overfitting in epoch {self.epoch + 1}: {one:.0%} right under FGSM, {many:.0%} under PGD; '
+            'take more steps, shorter ones, or a smaller eps')
+    self.alarms.append(text)
+    warnings.warn(text, stacklevel=2)
+    if self.learn.run_dir: RunLog(self.learn.run_dir/LOG).write('note', text=text)
+
+# %% ../../nbs/39a_train.adversarial.ipynb #24941939
+def with_adversary(
+    learn:Learner, # from `make_learner`
+    method:str='trades', # 'pgd', 'trades' or 'mart'
+    adversary:Adversary=Adversary(), # bound and effort
+    *,
+    awp:float=0., # γ of the weight perturbation, 0 = none
+    early_stop:bool=True, # keep the weights of the highest robust validation accuracy
+    **options # of `AdversarialTraining`: weight, mix_clean, norm
+)->Learner: # the same learner
+    "Let a learner train on attacked images"
+    at, kinds = AdversarialTraining(method, adversary, **options), (AdversarialTraining, WeightPerturbation,
+                                                                    RobustScores, OverfitAlarm)
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, kinds)])
+    parts = dict(method=method, weight=at.weight, mix_clean=at.mix_clean, norm=at.norm, awp=awp, early_stop=early_stop)
+    learn.choices.update({f'adversary.{k}': v for k, v in (parts | asdict(adversary)).items()})
+    return learn.add_cbs([at, OverfitAlarm(), *[WeightPerturbation(awp)]*(awp > 0),
+                          *[RobustScores(adversary)]*early_stop])

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.triobjective.html.md"""
 # %% auto #0
 __all__ = ['PARTS', 'Shares', 'total_loss', 'TriObjective', 'plot_terms']
 
-# %% ../../nbs/39b_train.triobjective.ipynb #03a4497f
+# %% ../../nbs/39b_train.triobjective.ipynb #2df94858
 import math
 import time
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from .adversarial import AdversarialTraining, Adversary
 from .attacks import fgsm, kl
 from .learner import TrainError
 
-# %% ../../nbs/39b_train.triobjective.ipynb #b173f1be
+# %% ../../nbs/39b_train.triobjective.ipynb #15144ec5
 @dataclass(frozen=True)
 class Shares:
     "How much each part counts; a part with 0 is off and costs nothing"
@@ -46,7 +46,7 @@ class Shares:
 PARTS = ('task', 'robust', 'stability', 'concept')
 def total_loss(
     parts:Mapping[str,Tensor|None], # a scalar for each of `PARTS`; None for one that is off
-    shares:Shares=Shares(), # noqa: B008 - frozen
+    shares:Shares=Shares(), # how much each part counts
 )->Tensor: # a scalar
     "The tri-objective, the sum of the parts that are on"
     weight = dict(task=1., robust=shares.robust*shares.beta, stability=shares.explain,
@@ -56,11 +56,11 @@ def total_loss(
                          "leave half precision off.")
     return sum(weight[n]*parts[n] for n in PARTS if parts[n] is not None)
 
-# %% ../../nbs/39b_train.triobjective.ipynb #f2d5e6ae
+# %% ../../nbs/39b_train.triobjective.ipynb #eb1225e1
 class TriObjective(AdversarialTraining):
     "Train for the class, for the class under attack, and for the explanation"
     def __init__(self,
-        adversary:Adversary=Adversary(), # of the robust part
+        adversary:Adversary|None=None, # of the robust part, `Adversary()` if None
         shares:Shares=Shares(), # of each part
         *,
         layer:str|None=None, # whose map must stay; `last_map` if None
@@ -70,7 +70,7 @@ class TriObjective(AdversarialTraining):
         refresh:int=1, # epochs after which directions are found anew
         norm:str='both', # whose statistics batch normalisation keeps, as for `AdversarialTraining`
     ):
-        super().__init__('trades', adversary, shares.robust*shares.beta, norm=norm)
+        super().__init__('trades', adversary or Adversary(), shares.robust*shares.beta, norm=norm)
         if refresh<1 or (share_adv and not shares.robust):
             raise TrainError(f"refresh must be 1 or more, and share_adv needs a robust part, got {refresh} and λ_rob "
                              f"{shares.robust}: correct them.")
@@ -88,7 +88,7 @@ class TriObjective(AdversarialTraining):
         elif not self.directions: why['concept'] = 'no concept has a direction that tells unseen patches apart'
         return why
 
-# %% ../../nbs/39b_train.triobjective.ipynb #9ba75d07
+# %% ../../nbs/39b_train.triobjective.ipynb #4b13612e
 @patch
 def before_epoch(self:TriObjective):
     on = self.bank is not None and self.shares.explain*self.shares.gamma
@@ -110,7 +110,7 @@ def load_state_dict(self:TriObjective, state):
     device = next(self.model.parameters()).device
     self.directions = {k[4:]:v.to(device) for k,v in state.items() if k.startswith('cav/')}
 
-# %% ../../nbs/39b_train.triobjective.ipynb #bdfe1edc
+# %% ../../nbs/39b_train.triobjective.ipynb #ec8e0943
 @patch
 def before_batch(self:TriObjective):
     self.since = time.perf_counter()
@@ -139,7 +139,7 @@ def concept_part(self:TriObjective
     kinds = {c.name:c.kind for c in self.bank.concepts}
     return concept_hinge(soft_tcav(self.model, self.clean, self.y, self.directions, self.bank.layer), kinds)
 
-# %% ../../nbs/39b_train.triobjective.ipynb #b4bf8506
+# %% ../../nbs/39b_train.triobjective.ipynb #fffec74c
 @patch
 def objective(self:TriObjective,
     clean:Tensor, # logits of the clean images `(B,K)`
@@ -167,7 +167,7 @@ def after_loss(self:TriObjective):
 @patch
 def after_batch(self:TriObjective): self.rows[-1]['seconds'] = time.perf_counter()-self.since
 
-# %% ../../nbs/39b_train.triobjective.ipynb #d2123210
+# %% ../../nbs/39b_train.triobjective.ipynb #9072a341
 @patch
 def terms(self:TriObjective
 )->pd.DataFrame: # a row for each step: epoch, batch, `PARTS` or 'off', total, empty, seconds
@@ -181,7 +181,7 @@ def after_epoch(self:TriObjective):
     if path.is_file(): rows = pd.concat([pd.read_csv(StringIO(path.read_text())), rows])
     write_text(path, rows.drop_duplicates(['epoch', 'batch'], keep='last').to_csv(index=False))
 
-# %% ../../nbs/39b_train.triobjective.ipynb #3004ac10
+# %% ../../nbs/39b_train.triobjective.ipynb #5772805e
 def plot_terms(
     terms:pd.DataFrame, # from `TriObjective.terms`, or `terms.csv`
     ax:Axes|None=None, # drawn here; a new figure when None
