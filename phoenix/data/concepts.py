@@ -9,7 +9,7 @@ __all__ = ['ARTEFACT_CONCEPTS', 'ConceptError', 'burned_in_text', 'watermark', '
            'patch_quality', 'histogram_correlation', 'ConceptSet', 'artefact_set', 'margin_of', 'mask_set',
            'counterparts']
 
-# %% ../../nbs/18e_data.concepts.ipynb #934d2dbc
+# %% ../../nbs/18e_data.concepts.ipynb #f57d179a
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from .physics import by_plane, warp_affine
 from ..keys import permutation, rng
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/18e_data.concepts.ipynb #3501e2b2
+# %% ../../nbs/18e_data.concepts.ipynb #f76caa65
 class ConceptError(PhoenixError):
     "A concept set that cannot be made"
 
@@ -46,7 +46,7 @@ def burned_in_text(
         np.maximum(a, layer/np.float32(255), out=b)
     return by_plane(x, change).clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18e_data.concepts.ipynb #9e2a635f
+# %% ../../nbs/18e_data.concepts.ipynb #92641248
 def watermark(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -64,7 +64,7 @@ def watermark(
         b[:] = a*(1-word) + word
     return by_plane(x, change).clamp_(0, 1).to(x.dtype)
 
-# %% ../../nbs/18e_data.concepts.ipynb #01d3eeec
+# %% ../../nbs/18e_data.concepts.ipynb #2e681718
 def skull_crop(
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
     gens:list[np.random.Generator], # one generator per sample
@@ -85,7 +85,7 @@ def padding_black(
     across = np.array([g.random()<.5 for g in gens])
     return warp_affine(x, np.stack([np.where(across, s, 1), zero, zero, zero, np.where(across, 1, s), zero], 1))
 
-# %% ../../nbs/18e_data.concepts.ipynb #4096b476
+# %% ../../nbs/18e_data.concepts.ipynb #d2259571
 def _ghosts(x:Tensor, gens:list)->Tensor: return ghosting(x, gens, (.25, .4))
 def _gain(x:Tensor, gens:list)->Tensor: return bspline_bias(x, gens, (.6, .9))
 def _rings(x:Tensor, gens:list)->Tensor: return gibbs(x, gens, (.6, .75))
@@ -93,7 +93,7 @@ def _rings(x:Tensor, gens:list)->Tensor: return gibbs(x, gens, (.6, .75))
 ARTEFACT_CONCEPTS = dict(burned_in_text=burned_in_text, skull_crop=skull_crop, ghosting_motion=_ghosts,
                          bias_field=_gain, ringing=_rings, padding_black=padding_black, watermark=watermark)
 
-# %% ../../nbs/18e_data.concepts.ipynb #a83f97b5
+# %% ../../nbs/18e_data.concepts.ipynb #6ea5f0ec
 @dataclass(frozen=True)
 class ConceptRules:
     "Size and number of patches, and what a patch must be worth"
@@ -116,7 +116,7 @@ def patch_quality(
     grey = np.rint(255*patch.mean(0).numpy()).astype(np.uint8)
     return min(1., (cv2.Laplacian(grey, cv2.CV_64F).var()/500 + grey.std()/100)/2)
 
-# %% ../../nbs/18e_data.concepts.ipynb #b4ce4ffe
+# %% ../../nbs/18e_data.concepts.ipynb #8c377951
 def _histogram(patch:Tensor)->np.ndarray:
     "Colour histogram of 8×8×8 bins"
     levels = np.minimum((patch.expand(3,-1,-1) if len(patch)==1 else patch).numpy()*8, 7).astype(int)
@@ -129,7 +129,7 @@ def histogram_correlation(
     "How alike the colours of two patches are"
     return float(np.corrcoef(_histogram(a), _histogram(b))[0,1])
 
-# %% ../../nbs/18e_data.concepts.ipynb #cc78437f
+# %% ../../nbs/18e_data.concepts.ipynb #c6cabacc
 @dataclass(frozen=True)
 class ConceptSet:
     "Patches that show one thing, each with its origin"
@@ -147,7 +147,7 @@ class ConceptSet:
         return hashlib.sha256(f'{self.kind}/{self.name}/{tuple(self.patches.shape)}'.encode()
                               + self.patches.numpy().tobytes()).hexdigest()
 
-# %% ../../nbs/18e_data.concepts.ipynb #7325aab5
+# %% ../../nbs/18e_data.concepts.ipynb #1de9f506
 def _gather(name:str, kind:str, candidates:Iterable[tuple[Tensor,dict]], n:int, rules:ConceptRules)->ConceptSet:
     "The first `n` candidates that are worth it"
     kept, rows, refused = [], [], dict(quality=0, similarity=0)
@@ -167,7 +167,7 @@ def _fit(x:Tensor, size:int)->Tensor:
     "A picture `(C,h,w)` at another size"
     return F.interpolate(x[None], (size, size), mode='area' if size<x.shape[-1] else 'bilinear')[0]
 
-# %% ../../nbs/18e_data.concepts.ipynb #408fee03
+# %% ../../nbs/18e_data.concepts.ipynb #ef9a59e8
 def artefact_set(
     name:str, # a key of `ARTEFACT_CONCEPTS`
     images:Tensor, # `(N,C,H,W)` in [0, 1], without the artefact
@@ -187,7 +187,7 @@ def artefact_set(
             yield _fit(y, rules.size), dict(source=sources[i], transform=name, seed=seed, key=int(i))
     return _gather(name, 'artefact', candidates(), n or rules.artefact, rules)
 
-# %% ../../nbs/18e_data.concepts.ipynb #5389aa8a
+# %% ../../nbs/18e_data.concepts.ipynb #e9ae0396
 def margin_of(
     mask:np.ndarray, # `(H,W)` bool
     width:float=2., # of the band on each side, pixels
@@ -197,7 +197,7 @@ def margin_of(
     inside, outside = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
     return np.where(mask, inside, outside)<=width
 
-# %% ../../nbs/18e_data.concepts.ipynb #6a2bf566
+# %% ../../nbs/18e_data.concepts.ipynb #9e6609b1
 def _boxes(mask:np.ndarray, side:int, least:float, g:np.random.Generator, tries:int=4)->Iterator[tuple]:
     "Squares around random pixels of a mask that cover enough of it"
     at = np.argwhere(mask)
@@ -231,7 +231,7 @@ def mask_set(
                 yield _fit(images[i,:,top:top+side,left:left+side], rules.size), row
     return _gather(name, kind, candidates(), n or getattr(rules, kind), rules)
 
-# %% ../../nbs/18e_data.concepts.ipynb #9afadbde
+# %% ../../nbs/18e_data.concepts.ipynb #72c05f13
 def counterparts(
     images:Tensor, # `(N,C,H,W)` in [0, 1]
     sources:Sequence[str], # what each picture is called

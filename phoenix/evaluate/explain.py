@@ -9,7 +9,7 @@ __all__ = ['MAPS', 'FILLS', 'ExplainError', 'Attribution', 'integrated_gradients
            'cascade', 'Randomised', 'randomisation', 'hottest_first', 'Curve', 'removal', 'mean_interval',
            'deletion_gain', 'box_masks', 'pointing', 'MapCheck', 'check_map', 'plot_checks', 'linear_cka']
 
-# %% ../../nbs/45_evaluate.explain.ipynb #cdff0fbd
+# %% ../../nbs/45_evaluate.explain.ipynb #e04a8af2
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from ..models.neurosnake import snake_taps
 from ..models.stability import likeness, spearman, ssim
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/45_evaluate.explain.ipynb #6332f291
+# %% ../../nbs/45_evaluate.explain.ipynb #d429fee3
 class ExplainError(PhoenixError):
     "An explanation that cannot be made or tested"
 
@@ -55,7 +55,7 @@ class Attribution:
         "The size of each contribution"
         return normalise_cam(self.pixels.abs())
 
-# %% ../../nbs/45_evaluate.explain.ipynb #5cfce36d
+# %% ../../nbs/45_evaluate.explain.ipynb #2c726130
 def _targets(model:nn.Module, x:Tensor, target:Tensor|int|None)->Tensor:
     "A class for each image, the prediction if None"
     if target is None:
@@ -79,7 +79,7 @@ def integrated_gradients(
     pixels = pixels.detach().sum(1)
     return Attribution(pixels, (pixels.sum((1,2))-change).abs()/change.abs().clamp_min(1e-12))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #fd4e87c6
+# %% ../../nbs/45_evaluate.explain.ipynb #034c6148
 def occlusion(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -95,7 +95,7 @@ def occlusion(
         how = _captum().Occlusion(model)
         return how.attribute(x, (c, side, side), (c, stride, stride), base, y, perturbations_per_eval=8).sum(1)/c
 
-# %% ../../nbs/45_evaluate.explain.ipynb #9c38bd98
+# %% ../../nbs/45_evaluate.explain.ipynb #3ecfb756
 def snake_bend(
     model:nn.Module, # a NeuroSnake with snakes
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -112,7 +112,7 @@ def snake_bend(
         out.append(torch.from_numpy(bend).float())
     return normalise_cam(resize_cam(torch.stack(out).to(x.device), x.shape[2:]))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #d4a00b96
+# %% ../../nbs/45_evaluate.explain.ipynb #c116b254
 def _ig(model, x, target=None): return integrated_gradients(model, x, target).heat
 def _occlusion(model, x, target=None):
     side = max(2, min(x.shape[2:])//8)
@@ -122,6 +122,7 @@ def _rollout(model, x, target=None): return attention_rollout(model, x)
 MAPS = {**{m:partial(grad_cam, method=m) for m in ('gradcam', 'gradcam++', 'hirescam')},
         'integrated gradients':_ig, 'occlusion':_occlusion, 'rollout':_rollout, 'snake bend':snake_bend}
 
+# %% ../../nbs/45_evaluate.explain.ipynb #4833b8ca
 def map_names(
     model:nn.Module, # any classifier
 )->list[str]: # keys of `MAPS`
@@ -130,7 +131,7 @@ def map_names(
     wants = {'rollout':bool(attention_layers(model)), 'snake bend':snakes}
     return [n for n in MAPS if wants.get(n, True)]
 
-# %% ../../nbs/45_evaluate.explain.ipynb #4def3a25
+# %% ../../nbs/45_evaluate.explain.ipynb #4ce72d82
 def cascade(
     model:nn.Module, # any network; left untouched
     seed:int=42, # key of the draws
@@ -153,7 +154,7 @@ class Randomised:
     rows:pd.DataFrame # a row for each depth: groups, and the mean of each measure
     final:np.ndarray # `(B,)` rank correlation when all is drawn anew; nan where the trained map is constant
 
-# %% ../../nbs/45_evaluate.explain.ipynb #4b15674a
+# %% ../../nbs/45_evaluate.explain.ipynb #87c96bf0
 def randomisation(
     model:nn.Module, # any network
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -176,7 +177,7 @@ def randomisation(
     empty = (first.flatten(1).amax(1)==first.flatten(1).amin(1)).cpu().numpy()
     return Randomised(pd.DataFrame(rows), np.where(gone.cpu().numpy() & ~empty, 0., r)) # a map that vanished fell apart
 
-# %% ../../nbs/45_evaluate.explain.ipynb #b13d2e70
+# %% ../../nbs/45_evaluate.explain.ipynb #4e1795a8
 def _blur(x:Tensor)->Tensor:
     "A picture without detail"
     k = max(3, min(x.shape[2:])//4)|1
@@ -194,7 +195,7 @@ def hottest_first(
     mix = torch.randperm(flat.shape[1], generator=torch_generator(seed, 'hottest'))
     return mix.to(flat.device)[flat[:,mix].argsort(dim=1, descending=True, stable=True)]
 
-# %% ../../nbs/45_evaluate.explain.ipynb #06c24174
+# %% ../../nbs/45_evaluate.explain.ipynb #fb4fe3b6
 @dataclass(frozen=True)
 class Curve:
     "A score as pixels go"
@@ -230,7 +231,7 @@ def removal(
             values.append(class_score(logits if callable(y) else logits.softmax(1), y).cpu().numpy())
     return Curve(counts/n, np.stack(values, 1))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #94c4c6b2
+# %% ../../nbs/45_evaluate.explain.ipynb #b6d886e8
 def mean_interval(
     values:np.ndarray, # `(N,)`; nan are left out
     groups:Sequence|None=None, # `(N,)` patient of each; None: every one its own
@@ -264,7 +265,7 @@ def deletion_gain(
             for end,h in (('', heat), ('_random', noise)) for name in ('deletion', 'insertion')}
     return pd.DataFrame(area)
 
-# %% ../../nbs/45_evaluate.explain.ipynb #1c3c01fd
+# %% ../../nbs/45_evaluate.explain.ipynb #7f40d835
 def box_masks(
     boxes:Tensor, # `(B,4)` x0, y0, x1, y1 in pixels from the top left corner; ends are outside
     size:tuple[int,int], # height and width
@@ -289,7 +290,7 @@ def pointing(
                          inside=h[m].sum()/h.sum() if h.sum()>0 else np.nan))
     return pd.DataFrame(rows, columns=['image', 'hit', 'chance', 'inside'])
 
-# %% ../../nbs/45_evaluate.explain.ipynb #5113f7bd
+# %% ../../nbs/45_evaluate.explain.ipynb #cb171d0a
 @dataclass(frozen=True)
 class MapCheck:
     "What the tests say of one kind of map"
@@ -316,7 +317,7 @@ def _row(test:str, values:np.ndarray, groups:Sequence|None, limit:float, below:b
     passed = bool(high<limit if below else low>limit)
     return dict(test=test, value=value, low=low, high=high, limit=limit, passed=passed)
 
-# %% ../../nbs/45_evaluate.explain.ipynb #da2ff8e4
+# %% ../../nbs/45_evaluate.explain.ipynb #5d8080c2
 def check_map(
     name:str, # a key of `MAPS`, or any name with `explain`
     model:nn.Module, # any classifier
@@ -348,7 +349,7 @@ def check_map(
         rows.append(_row('stability', ssim(heat, explain(model, changed, y)).numpy(), groups, .5, False))
     return MapCheck(name, pd.DataFrame(rows), int((heat.flatten(1).amax(1)==0).sum()))
 
-# %% ../../nbs/45_evaluate.explain.ipynb #1c61c4cb
+# %% ../../nbs/45_evaluate.explain.ipynb #97e852aa
 def plot_checks(
     checks:Sequence[MapCheck], # one for each map
     model:nn.Module, # that the maps are of
@@ -368,7 +369,7 @@ def plot_checks(
         plot_map(image, heat, title=title, stamp=c.stamp, outline=mask, ax=ax)
     return axes
 
-# %% ../../nbs/45_evaluate.explain.ipynb #d153f375
+# %% ../../nbs/45_evaluate.explain.ipynb #c57679a0
 def _hsic(k:np.ndarray, l:np.ndarray)->float:
     "The unbiased estimator of Song et al. (2012), Eq. 5"
     n, k, l = len(k), k.copy(), l.copy()

@@ -9,7 +9,7 @@ __all__ = ['CAMS', 'FUSE', 'CamError', 'FeatureTap', 'evaluating', 'attention_la
            'class_score', 'LayerGradient', 'layer_gradient', 'normalise_cam', 'resize_cam', 'grad_cam',
            'attention_weights', 'rollout', 'attention_rollout', 'plot_map']
 
-# %% ../../nbs/26_models.cam.ipynb #6a0763b3
+# %% ../../nbs/26_models.cam.ipynb #6124147a
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .snake import DynamicSnakeConv
 from ..plots import window
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/26_models.cam.ipynb #7cee0261
+# %% ../../nbs/26_models.cam.ipynb #5e98c733
 class CamError(PhoenixError):
     "A map that this network cannot give"
 
@@ -51,7 +51,7 @@ class FeatureTap:
 
     def __getitem__(self, layer): return self.maps[layer]
 
-# %% ../../nbs/26_models.cam.ipynb #164d8a62
+# %% ../../nbs/26_models.cam.ipynb #95ef6402
 @contextmanager
 def evaluating(
     model:nn.Module, # any network
@@ -64,7 +64,7 @@ def evaluating(
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../../nbs/26_models.cam.ipynb #6297bb57
+# %% ../../nbs/26_models.cam.ipynb #c0506220
 def attention_layers(
     model:nn.Module, # any network
 )->dict[str,nn.Module]: # by path, from the input to the logits
@@ -85,14 +85,15 @@ def second_derivatives(
     finally:
         for (m,k,_),v in zip(parts, before): setattr(m, k, v)
 
-# %% ../../nbs/26_models.cam.ipynb #107eab41
+# %% ../../nbs/26_models.cam.ipynb #afc108f7
 def last_map(
     model:nn.Module, # a `Classifier`
     x:Tensor, # `(B,C,H,W)` in [0, 1]; the first image is looked at
 )->str: # path of a module
     "The last layer of `features` that has a map"
     if not hasattr(model, 'features'):
-        raise CamError(f"layer must be named for a {type(model).__name__}, which has no `features`: see named_modules().")
+        raise CamError(f"layer must be named for a {type(model).__name__}, which has no `features`: see "
+                       "named_modules().")
     with FeatureTap(model) as tap, torch.no_grad(), evaluating(model): model.features(x[:1])
     shapes = {n:o.ndim for n,o in tap.maps.items() if isinstance(o, Tensor)}
     name = list(shapes)[-1]
@@ -101,7 +102,7 @@ def last_map(
     if not norms: raise CamError(f"layer must be named for this network, whose last features have {shapes[name]} axes.")
     return norms[-1]
 
-# %% ../../nbs/26_models.cam.ipynb #08c24978
+# %% ../../nbs/26_models.cam.ipynb #bc35f210
 def as_map(
     features:Tensor, # `(B,c,*S)`, `(B,h,w,c)` of networks that say so, or `(B,tokens,c)`
     model:nn.Module, # the network they come from
@@ -109,7 +110,8 @@ def as_map(
     "Features of any layout as a map"
     body = getattr(model, 'backbone', model)
     if features.ndim>3: return features.movedim(-1, 1) if getattr(body, 'output_fmt', '')=='NHWC' else features
-    if features.ndim<3: raise CamError(f"a layer must have places, got features of shape {tuple(features.shape)}: name another.")
+    if features.ndim<3:
+        raise CamError(f"a layer must have places, got features of shape {tuple(features.shape)}: name another.")
     tokens = features[:,getattr(body, 'num_prefix_tokens', 0):]
     h, w = getattr(getattr(body, 'patch_embed', None), 'grid_size', (0,0))
     if h*w!=tokens.shape[1]: h = w = round(tokens.shape[1]**.5)
@@ -117,10 +119,10 @@ def as_map(
         raise CamError(f"tokens must fill a square, got {tokens.shape[1]} of them: name another layer.")
     return tokens.transpose(1, 2).unflatten(2, (h, w))
 
-# %% ../../nbs/26_models.cam.ipynb #a936152e
+# %% ../../nbs/26_models.cam.ipynb #cb85e6de
 def class_score(
     logits:Tensor, # `(B,K)`
-    target:Tensor|int|Callable|None=None, # class of each image or of all, or a function of the logits; prediction if None
+    target:Tensor|int|Callable|None=None, # class of each image or all, or a function of logits; prediction if None
 )->Tensor: # `(B,)`
     "The number for each image that a map explains"
     if callable(target): return target(logits)
@@ -130,7 +132,7 @@ def class_score(
         raise CamError(f"target must lie in 0…{logits.shape[1]-1}, got {target.tolist()}: correct it.")
     return logits.gather(1, target[:,None])[:,0]
 
-# %% ../../nbs/26_models.cam.ipynb #96e4a9ef
+# %% ../../nbs/26_models.cam.ipynb #d450089e
 @dataclass(frozen=True)
 class LayerGradient:
     "A feature map and the gradient of a score with respect to it"
@@ -167,7 +169,7 @@ def layer_gradient(
     parts = [logits, as_map(out, model), as_map(grads, model)]
     return LayerGradient(*parts if create_graph else [p.detach() for p in parts])
 
-# %% ../../nbs/26_models.cam.ipynb #39ab3c95
+# %% ../../nbs/26_models.cam.ipynb #2a5dfda5
 def _gradcam(a:Tensor, g:Tensor)->Tensor: return (a*g.flatten(2).mean(2).view(*g.shape[:2], *[1]*(g.ndim-2))).sum(1)
 
 def _gradcampp(a:Tensor, g:Tensor)->Tensor:
@@ -179,10 +181,10 @@ def _gradcampp(a:Tensor, g:Tensor)->Tensor:
 
 def _hirescam(a:Tensor, g:Tensor)->Tensor: return (a*g).sum(1)
 
-# %% ../../nbs/26_models.cam.ipynb #456c5f88
+# %% ../../nbs/26_models.cam.ipynb #f52cfd37
 CAMS = {'gradcam':_gradcam, 'gradcam++':_gradcampp, 'hirescam':_hirescam}
 
-# %% ../../nbs/26_models.cam.ipynb #9552adf8
+# %% ../../nbs/26_models.cam.ipynb #a01dd98c
 def normalise_cam(
     cam:Tensor, # `(B,*S)`, at least 0
     p:float=32., # order of the norm; larger is nearer to the maximum
@@ -193,7 +195,7 @@ def normalise_cam(
     norm = scaled.pow(p).flatten(1).sum(1).clamp_min(1).pow(1/p).view_as(top) # at least 1, unless the map is 0
     return scaled/norm
 
-# %% ../../nbs/26_models.cam.ipynb #c8d57c8d
+# %% ../../nbs/26_models.cam.ipynb #68a7d2a7
 def resize_cam(
     cam:Tensor, # `(B,*S)`
     size:tuple[int,...], # of the picture
@@ -202,7 +204,7 @@ def resize_cam(
     mode = {1:'linear', 2:'bilinear', 3:'trilinear'}[len(size)]
     return F.interpolate(cam[:,None], size, mode=mode, align_corners=False)[:,0]
 
-# %% ../../nbs/26_models.cam.ipynb #3d6c7fc6
+# %% ../../nbs/26_models.cam.ipynb #cbbe38d5
 def grad_cam(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,*S)` in [0, 1]
@@ -220,7 +222,7 @@ def grad_cam(
     cam = F.relu(CAMS[method](g.maps, g.grads))
     return cam if raw else normalise_cam(resize_cam(cam, x.shape[2:]))
 
-# %% ../../nbs/26_models.cam.ipynb #0708ab44
+# %% ../../nbs/26_models.cam.ipynb #c4c7cdaa
 @contextmanager
 def attention_weights(
     model:nn.Module, # a network with attention layers
@@ -235,7 +237,7 @@ def attention_weights(
         finally:
             for h in hooks: h.remove()
 
-# %% ../../nbs/26_models.cam.ipynb #ee8b35c6
+# %% ../../nbs/26_models.cam.ipynb #b1b4a08e
 FUSE = {'mean':lambda w: w.mean(1), 'max':lambda w: w.amax(1), 'min':lambda w: w.amin(1)}
 def rollout(
     weights:list[Tensor], # `(B,heads,N,N)` of each layer, from the input on; rows sum to 1
@@ -254,7 +256,7 @@ def rollout(
         total = a if total is None else a@total
     return total
 
-# %% ../../nbs/26_models.cam.ipynb #85d563f9
+# %% ../../nbs/26_models.cam.ipynb #eca23e78
 def attention_rollout(
     model:nn.Module, # a transformer of timm, or a network of the family with a transformer head
     x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -269,7 +271,7 @@ def attention_rollout(
     row = total[:,0] if first and getattr(body, 'global_pool', '')=='token' else total[:,first:].mean(1)
     return normalise_cam(resize_cam(as_map(row[...,None], model)[:,0], x.shape[2:]))
 
-# %% ../../nbs/26_models.cam.ipynb #242b3bda
+# %% ../../nbs/26_models.cam.ipynb #f14e33b2
 def plot_map(
     image:Tensor, # `(C,H,W)` or `(H,W)`; the middle channel is drawn
     heat:Tensor, # `(H,W)`; negative values are drawn as 0

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/models.stability.html.md"""
 __all__ = ['MS_WEIGHTS', 'MEASURES', 'StabilityError', 'ssim', 'ms_ssim', 'spearman', 'normalised_l2', 'cosine', 'topk_iou',
            'Likeness', 'likeness']
 
-# %% ../../nbs/26b_models.stability.ipynb #dd51990d
+# %% ../../nbs/26b_models.stability.ipynb #1f11c294
 from dataclasses import dataclass
 
 import pandas as pd
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from ..settings import PhoenixError
 
-# %% ../../nbs/26b_models.stability.ipynb #35e61d5a
+# %% ../../nbs/26b_models.stability.ipynb #f3e65eec
 class StabilityError(PhoenixError):
     "Maps that cannot be compared"
 
 def _pair(a:Tensor, b:Tensor)->tuple[Tensor,Tensor]:
     "Two batches of maps of one shape"
     if a.shape!=b.shape or a.ndim<2:
-        raise StabilityError(f"maps must have one shape (B,…), got {tuple(a.shape)} and {tuple(b.shape)}: resize one.")
+        raise StabilityError(f"maps must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}: resize one.")
     return a, b
 
+# %% ../../nbs/26b_models.stability.ipynb #0b13027b
 def _smooth(x:Tensor, window:int, sigma:float)->Tensor:
     "Gaussian means over full windows of `(B,H,W)`"
     k = torch.arange(window, device=x.device, dtype=x.dtype) - window//2
@@ -47,7 +48,7 @@ def _ssim_parts(a:Tensor, b:Tensor, window:int=11, sigma:float=1.5, k1:float=.01
     cs = (2*cov+k2**2)/(va+vb+k2**2)
     return ((2*ma*mb+k1**2)/(ma**2+mb**2+k1**2)*cs).mean((1,2)), cs.mean((1,2))
 
-# %% ../../nbs/26b_models.stability.ipynb #39f73bfa
+# %% ../../nbs/26b_models.stability.ipynb #bc8532d0
 def ssim(
     a:Tensor, # `(B,H,W)` in [0, 1], at least 11 each way
     b:Tensor, # as `a`
@@ -70,7 +71,7 @@ def ms_ssim(
         a, b = (F.avg_pool2d(o[:,None], 2)[:,0] for o in (a, b))
     return torch.stack(parts, 1).pow(weights/weights.sum()).prod(1)
 
-# %% ../../nbs/26b_models.stability.ipynb #25084f83
+# %% ../../nbs/26b_models.stability.ipynb #1b5edac5
 def _constant(x:Tensor)->Tensor:
     "Which maps have one value everywhere"
     flat = x.flatten(1)
@@ -94,7 +95,7 @@ def normalised_l2(
     _pair(a, b)
     return (a-b).flatten(1).norm(dim=1)/(a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1))
 
-# %% ../../nbs/26b_models.stability.ipynb #c66c86e5
+# %% ../../nbs/26b_models.stability.ipynb #e5f04471
 def cosine(
     a:Tensor, # `(B,*S)`
     b:Tensor, # as `a`
@@ -111,11 +112,12 @@ def topk_iou(
     "Overlap of the hottest places, intersection over union"
     _pair(a, b)
     k = max(1, round(share*a[0].numel()))
-    hot = [torch.zeros_like(o, dtype=torch.bool).scatter(1, o.topk(k).indices, True) for o in (a.flatten(1), b.flatten(1))]
+    flat = a.flatten(1), b.flatten(1)
+    hot = [torch.zeros_like(o, dtype=torch.bool).scatter(1, o.topk(k).indices, True) for o in flat]
     iou = (hot[0]&hot[1]).sum(1)/(hot[0]|hot[1]).sum(1)
     return iou.masked_fill(_constant(a)|_constant(b), torch.nan)
 
-# %% ../../nbs/26b_models.stability.ipynb #f8588481
+# %% ../../nbs/26b_models.stability.ipynb #268b8f5c
 MEASURES = dict(ssim=ssim, ms_ssim=ms_ssim, spearman=spearman, normalised_l2=normalised_l2, cosine=cosine,
                 topk_iou=topk_iou)
 
