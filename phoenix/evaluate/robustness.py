@@ -114,7 +114,8 @@ def robustness(
         right.append(now)
     sure = right[0].nonzero()[:, 0][:checks]
     found = Masking(pd.DataFrame(columns=['check', 'passed', 'seen']))
-    if len(sure): found = masking_checks(model, x[sure], y[sure], eps=eps[0], surrogate=surrogate, mask=cut(sure))
+    if len(sure): found = masking_checks(model, x[sure], y[sure], eps=eps[0], surrogate=surrogate, mask=cut(sure),
+                                         queries=min(200, options.get('queries', 200)))
     told = '; '.join(f'{n}: {a}' if a else n for n, a in names.items()) or 'no attack: no clean image is right'
     return Robustness(told, (0., *eps), torch.stack(right).numpy(), None if groups is None else np.asarray(groups),
                       found, passes)
