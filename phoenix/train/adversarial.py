@@ -236,7 +236,7 @@ def after_loss(self:AdversarialTraining):
     self.learn.loss_grad = self.objective(clean, adv, self.y)
     self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../../nbs/39a_train.adversarial.ipynb #39ae593f
+# %% ../../nbs/39a_train.adversarial.ipynb #81335308
 class WeightPerturbation(Callback):
     "Take each gradient at weights that were pushed uphill"
     order, run_valid = 9.5, False # after the images are attacked
@@ -267,7 +267,7 @@ class WeightPerturbation(Callback):
 
     after_backward = after_cancel_backward = after_cancel_batch = after_cancel_fit = back
 
-# %% ../../nbs/39a_train.adversarial.ipynb #3c2ff240
+# %% ../../nbs/39a_train.adversarial.ipynb #2184d2cc
 class RobustScores(Callback):
     "Accuracy under attack on the validation images, which then decides what is kept and when to stop"
     order = 65.5 # after the epoch is measured, before it is written
@@ -291,7 +291,7 @@ class RobustScores(Callback):
         row.update(clean_loss=row['valid_loss'], robust_accuracy=self.right/self.seen,
                    valid_loss=1 - self.right/self.seen)
 
-# %% ../../nbs/39a_train.adversarial.ipynb #ebc82288
+# %% ../../nbs/39a_train.adversarial.ipynb #91346610
 class OverfitAlarm(Callback):
     "Warn when a network withstands one step and not several"
     order, run_valid = 65.6, False
@@ -316,7 +316,7 @@ class OverfitAlarm(Callback):
         many = pgd(self.model, x, y, **how | dict(steps=self.steps, step_size=how['eps']/4))
         self.found = [is_right(self.model, a, y).float().mean().item() for a in (one, many)]
 
-# %% ../../nbs/39a_train.adversarial.ipynb #a1d6786e
+# %% ../../nbs/39a_train.adversarial.ipynb #399ab983
 @patch
 def after_epoch(self:OverfitAlarm):
     if not self.last: return
@@ -330,7 +330,7 @@ def after_epoch(self:OverfitAlarm):
     warnings.warn(text, stacklevel=2)
     if self.learn.run_dir: RunLog(self.learn.run_dir/LOG).write('note', text=text)
 
-# %% ../../nbs/39a_train.adversarial.ipynb #24941939
+# %% ../../nbs/39a_train.adversarial.ipynb #6875350a
 def with_adversary(
     learn:Learner, # from `make_learner`
     method:str='trades', # 'pgd', 'trades' or 'mart'
@@ -346,5 +346,5 @@ def with_adversary(
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, kinds)])
     parts = dict(method=method, weight=at.weight, mix_clean=at.mix_clean, norm=at.norm, awp=awp, early_stop=early_stop)
     learn.choices.update({f'adversary.{k}': v for k, v in (parts | asdict(adversary)).items()})
-    return learn.add_cbs([at, OverfitAlarm(), *[WeightPerturbation(awp)]*(awp > 0),
-                          *[RobustScores(adversary)]*early_stop])
+    return learn.add_cbs([at, OverfitAlarm(), *([WeightPerturbation(awp)] if awp else []),
+                          *([RobustScores(adversary)] if early_stop else [])])
