@@ -26,7 +26,7 @@ from .statistics import RowSums, _codes, wilson
 from ..plots import style
 from ..settings import did_you_mean
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #83f36545
+# %% ../../nbs/42_evaluate.calibration.ipynb #9f9634cb
 def bin_edges(
     confidence:np.ndarray, # `(N,)` in [0,1]
     bins:int = 15, # B bins
@@ -132,7 +132,7 @@ def nll(
     true = probs[np.arange(len(targets)), targets]
     return float(-np.log(np.maximum(true, np.finfo(probs.dtype).eps).astype(np.float64)).mean())
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #0f5b4f65
+# %% ../../nbs/42_evaluate.calibration.ipynb #cd707cb8
 def brier_sums()->RowSums: # for `bootstrap` and its kin
     "Brier score as a function of row sums"
     def rows(probs, targets):
@@ -147,7 +147,7 @@ def nll_sums()->RowSums: # for `bootstrap` and its kin
         return np.stack([-np.log(true.astype(np.float64)), np.ones(len(true))], 1)
     return RowSums(rows, lambda sums: sums[..., 0]/sums[..., 1])
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #dee54d5f
+# %% ../../nbs/42_evaluate.calibration.ipynb #54a0827d
 @dataclass(frozen=True)
 class BrierParts:
     "Brier score = reliability - resolution + uncertainty + within"
@@ -231,7 +231,7 @@ def fit_temperature(
         beta = new
     return 1/new
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #6d5841b1
+# %% ../../nbs/42_evaluate.calibration.ipynb #b945757c
 def as_probs(
     *,
     probs:np.ndarray|None = None, # `(N,K)` probabilities
@@ -253,7 +253,7 @@ def as_log_probs(
     p = as_probs(probs=probs, logits=logits)
     return np.log(np.maximum(p, 1e-12)) if logits is None else log_softmax(np.asarray(logits, np.float64), axis=1)
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #94d4d512
+# %% ../../nbs/42_evaluate.calibration.ipynb #44989b70
 def _vector_loss(theta, z, hot):
     "Loss, gradient and Hessian in slopes and offsets; the last offset is 0"
     n, k = z.shape
@@ -278,7 +278,7 @@ def _fit_vector(z, targets):
                           'use the temperature, or more pictures')
     return dict(slope=slope.tolist(), offset=offset.tolist())
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #dc9abfa7
+# %% ../../nbs/42_evaluate.calibration.ipynb #a18641b1
 def _isotonic_curves(p, targets):
     "Corners `(x, y)` of the rising curve of each class against the rest"
     curves = []
@@ -300,7 +300,7 @@ def _best_share(p, q, targets):
     s = minimize_scalar(loss, bounds=(0, 1), method='bounded', options=dict(xatol=1e-6)).x
     return float(s) if loss(s) <= loss(1.) else 1.
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #ad4aeb4b
+# %% ../../nbs/42_evaluate.calibration.ipynb #daa9bf7c
 def _fit_isotonic(p, targets, groups, folds=5):
     "Curves of all rows, and the share of the model's own probabilities"
     fold, out = _codes(groups, len(p)) % folds, p.copy()
@@ -311,7 +311,7 @@ def _fit_isotonic(p, targets, groups, folds=5):
     share = max(_best_share(p, out, targets), _best_share(p, _isotonic(p, curves), targets), 1e-3)
     return dict(curves=curves, share=share)
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #ed1f051a
+# %% ../../nbs/42_evaluate.calibration.ipynb #1333bc63
 @dataclass(frozen=True)
 class Calibrator:
     "A map from what a network says to what can be believed, fitted on a calibration fold"
@@ -332,7 +332,7 @@ class Calibrator:
         p, share = softmax(z), self.params['share']
         return share*p + (1 - share)*_isotonic(p, self.params['curves'])
 
-# %% ../../nbs/42_evaluate.calibration.ipynb #87d42a2e
+# %% ../../nbs/42_evaluate.calibration.ipynb #c4c43d9c
 def fit_calibrator(
     method:str, # 'temperature', 'vector' or 'isotonic'
     targets:np.ndarray, # `(N,)` class indices of a calibration fold: neither training nor test pictures
