@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.strangers.html.md"""
 __all__ = ['features_of', 'Acquaintance', 'get_acquainted', 'stranger_scores', 'stranger_threshold', 'fpr95', 'stranger_table',
            'plot_strangers']
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #a0e8f902
+# %% ../../nbs/43b_evaluate.strangers.ipynb #21b15691
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from .tests import delong
 from .uncertainty import entropy, logits_of, weighted_draws
 from ..plots import style
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #f047d8bd
+# %% ../../nbs/43b_evaluate.strangers.ipynb #41dab8dd
 @torch.no_grad()
 def features_of(
     model:nn.Module, # a classifier with `embedding`
@@ -44,7 +44,7 @@ def features_of(
         for m, mode in was: m.training = mode
     return rows.astype(np.float64), logits_of(model, x, batch)
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #c6b0e253
+# %% ../../nbs/43b_evaluate.strangers.ipynb #854310fa
 @dataclass(frozen=True)
 class Acquaintance:
     "What the training pictures look like to the network"
@@ -68,7 +68,7 @@ class Acquaintance:
 
 def _unit(x): return np.asarray(x)/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #96fdb9cc
+# %% ../../nbs/43b_evaluate.strangers.ipynb #a0ed67b4
 def get_acquainted(
     features:np.ndarray, # `(N,d)` of training pictures
     targets:np.ndarray, # `(N,)` their class indices
@@ -86,7 +86,7 @@ def get_acquainted(
     with threadpool_limits(1, 'blas'): precision = LedoitWolf(assume_centered=True).fit(rest).precision_
     return Acquaintance(means, precision, NearestNeighbors(n_neighbors=k).fit(_unit(features)), k)
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #5bdae517
+# %% ../../nbs/43b_evaluate.strangers.ipynb #a7cd1e09
 def stranger_scores(
     logits:np.ndarray, # `(N,K)` logits, not probabilities: energy needs their level
     features:np.ndarray|None = None, # `(N,d)`
@@ -109,7 +109,7 @@ def stranger_threshold(
     rank = int(np.ceil((len(score) + 1)*keep - 1e-9))
     return float(score[rank - 1]) if rank <= len(score) else float('inf')
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #7ff5864e
+# %% ../../nbs/43b_evaluate.strangers.ipynb #630ee7e4
 def _fpr(own, strange, w_own, w_strange, keep=.95):
     "Share of strangers at or below the threshold that keeps `keep` of the own, for rows of weights `(b,·)`"
     i, j = np.argsort(own, kind='stable'), np.sort(strange)
@@ -137,7 +137,7 @@ def fpr95(
     units = len(strange) if strange_groups is None else len(set(np.asarray(strange_groups).tolist()))
     return percentile_interval(value, draws, units, level=level)
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #5b22d113
+# %% ../../nbs/43b_evaluate.strangers.ipynb #f01a02bd
 def _compare(own, strange, threshold, own_groups, strange_groups, n, seed):
     "One row: area, FPR95 and what passes the threshold"
     score, truth = np.r_[own, strange], np.r_[np.zeros(len(own), bool), np.ones(len(strange), bool)]
@@ -170,7 +170,7 @@ def stranger_table(
                              n=m, n_groups=m if who is None else len(set(np.asarray(who).tolist()))))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/43b_evaluate.strangers.ipynb #5679d49a
+# %% ../../nbs/43b_evaluate.strangers.ipynb #bdd50c8e
 def plot_strangers(
     own:np.ndarray, # `(N,)` one score of own test pictures
     strangers:Mapping[str, np.ndarray], # kind and `(M,)` the same score
@@ -189,6 +189,8 @@ def plot_strangers(
             ax.hlines(y, *np.quantile(s, [lo, hi]), color=colour, lw=w, alpha=.6)
         ax.plot(np.median(s), y, 'o', color=colour, ms=4)
     ax.axvline(threshold, color='#0072b2', lw=1, ls='--')
+    ends = np.quantile(np.concatenate(list(rows.values())), [.01, .99])
+    if ends[0] > 0 and ends[1] > 30*ends[0]: ax.set_xscale('log')
     passed = {k: float((s <= threshold).mean()) for k, s in strangers.items()}
     worst = max(passed, key=passed.get)
     ax.set_yticks(range(len(rows)), list(rows), fontsize=8)
