@@ -70,6 +70,7 @@ def test_an_absent_class_is_nan_by_name_and_counted(absent):
     with pytest.warns(UserWarning, match="no picture of c: macro"):
         t = headlines(probs[here], y[here], None, list("abcd"), n=50).set_index(["measure", "class"])
     assert np.isnan(t.value["recall", "c"]) and np.isnan(t.value["auc", "c"])
+    assert t.value["macro_auc", ""] == pytest.approx(t.value["auc"][["a", "b", "d"]].mean())
     assert t.classes["macro_recall", ""] == 3 and t.value["macro_recall", ""] == pytest.approx(t.value["recall"][["a", "b", "d"]].mean())
 
 
