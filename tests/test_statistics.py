@@ -67,3 +67,52 @@ def equal_area():
     "The true area of a score of `equals`: two slices of different patients differ by a normal deviate"
     from scipy.stats import norm
     return norm.cdf(1 / np.sqrt(2 * (1 + 1 + .3**2)))
+
+
+def predictions(n=601, k=4, seed=0):
+    "Probabilities, targets and a source of each row"
+    g = np.random.default_rng(seed)
+    y, source = g.integers(0, k, n), g.integers(0, 3, n)
+    z = g.normal(size=(n, k)) + np.eye(k)[y] * (1 + source[:, None])
+    p = np.exp(z)
+    return p / p.sum(1, keepdims=True), y, source
+
+
+@pytest.mark.slow
+def test_gaps_are_those_of_fairlearn():
+    fl = pytest.importorskip("fairlearn.metrics")
+    from phoenix.evaluate.fairness import fairness
+    p, y, source = predictions()
+    table = fairness(p, y, source, None, list("abcd"), n=20).set_index(["measure", "class"]).gap
+    for i, c in enumerate("abcd"):
+        said = dict(y_true=y == i, y_pred=p.argmax(1) == i, sensitive_features=source)
+        assert abs(fl.demographic_parity_difference(**said) - table["selection rate", c]) < 1e-12
+        assert abs(fl.equalized_odds_difference(**said) - table["equalised odds", c]) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bins", [10, 15])
+def test_calibration_errors_and_scores_are_those_of_torchmetrics(bins):
+    tm = pytest.importorskip("torchmetrics.functional.classification")
+    import torch
+    from phoenix.evaluate.calibration import ece, mce
+    from phoenix.evaluate.headlines import headlines
+    p, y, _ = predictions()
+    t = torch.tensor(p), torch.tensor(y)
+    for norm, ours in (("l1", ece), ("max", mce)):
+        assert abs(tm.multiclass_calibration_error(*t, 4, n_bins=bins, norm=norm).item() - ours(p, y, bins)) < 1e-6
+    found = headlines(p, y, None, list("abcd"), n=20).set_index(["measure", "class"]).value
+    theirs = dict(macro_f1=tm.multiclass_f1_score, macro_recall=tm.multiclass_recall, macro_auc=tm.multiclass_auroc,
+                  macro_specificity=tm.multiclass_specificity)
+    for name, f in theirs.items(): assert abs(f(*t, num_classes=4, average="macro").item() - found[name, ""]) < 1e-6
+    assert abs(tm.multiclass_matthews_corrcoef(*t, num_classes=4).item() - found["mcc", ""]) < 1e-6
+
+
+@pytest.mark.slow
+def test_all_headlines_of_ten_thousand_predictions():
+    "2,000 resamples of 10,000 rows of four classes: every headline, whole and per class"
+    from phoenix.evaluate.calibration import ece_sums
+    from phoenix.evaluate.headlines import headlines
+    p, y, _ = predictions(10000)
+    table = headlines(p, y, np.arange(10000) // 8, list("abcd"), more=dict(ece=ece_sums()))
+    assert len(table) == 28 and table.low.notna().all() and (table.n_groups == 1250).all()

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.fairness.html.md"""
 # %% auto #0
 __all__ = ['fairness', 'plot_gaps']
 
-# %% ../../nbs/41d_evaluate.fairness.ipynb #c4ab5023
+# %% ../../nbs/41d_evaluate.fairness.ipynb #cd201c53
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .statistics import _codes, _strata_of, _sum_by, resample_sums
 from ..keys import rng
 from ..plots import style
 
-# %% ../../nbs/41d_evaluate.fairness.ipynb #364e5449
+# %% ../../nbs/41d_evaluate.fairness.ipynb #535c1182
 def _rates_of(cm, classes):
     "Each measure `(measure, class)` of confusion matrices `(...,A,K,K)` of A values"
     table, total = rates(cm), cm.sum((-2, -1))
@@ -38,7 +38,7 @@ def _gaps(cm, classes):
     odds = [('true positive rate', 'false positive rate')]*len(classes)
     return out | {('equalised odds', c): np.fmax(out[t, c], out[f, c]) for c, (t, f) in zip(classes, odds)}
 
-# %% ../../nbs/41d_evaluate.fairness.ipynb #63bbc4b2
+# %% ../../nbs/41d_evaluate.fairness.ipynb #4a81d27a
 def _cells(probs, targets, codes, value, n_values):
     "What each group adds to the confusion matrices of all values (G, A·K·K), and of its own (G, K·K)"
     k = probs.shape[1]
@@ -51,7 +51,7 @@ def _by_chance(own, value, n_values, k, classes, n, seed):
     cm = np.stack([(dealt == a).astype(float) @ own for a in range(n_values)], axis=1)
     return _gaps(cm.reshape(n, n_values, k, k), classes)
 
-# %% ../../nbs/41d_evaluate.fairness.ipynb #6d2b0e74
+# %% ../../nbs/41d_evaluate.fairness.ipynb #dc6460f5
 def fairness(
     probs:np.ndarray, # `(N,K)` probabilities
     targets:np.ndarray, # `(N,)` class indices
@@ -91,7 +91,7 @@ def _gap_row(measure, rate, gap, draws, chance, names, level):
     return dict(measure=measure[0], **{'class': measure[1]}) | ends | dict(
         gap=gap, low=float(low), high=float(high), by_chance=float(np.nanquantile(chance, level)), p=float(p))
 
-# %% ../../nbs/41d_evaluate.fairness.ipynb #c3c13e4a
+# %% ../../nbs/41d_evaluate.fairness.ipynb #75a27bad
 def plot_gaps(
     table:pd.DataFrame, # of `fairness`
     *,
@@ -108,5 +108,5 @@ def plot_gaps(
     real = table[table.p < .05]
     ax.set(xlabel='largest minus smallest rate', ylim=(len(table) - .4, -.6))
     ax.set_title(f'{len(real)} of {len(table)} gaps are beyond chance (p < 0.05, uncorrected)', fontsize=10)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.4, -.16), ncols=2, frameon=False)
     return ax

@@ -48,11 +48,13 @@ class Interval:
     @property
     def note(self)->str: # a sentence, or ''
         "What to know before relying on it"
+        if not self.low <= self.value <= self.high:
+            return 'the value lies outside its interval: resampling biases this statistic; compare, but do not quote it'
         if self.low == self.high: return f'all resamples of {self.n_groups} groups agree: no certainty, see wilson'
         few = f'only {self.n_groups} independent groups: bootstrap intervals are too narrow below about 20'
         return few if self.n_groups < 20 else ''
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #9e2f400b
+# %% ../../nbs/41_evaluate.statistics.ipynb #5d7ca69e
 def mcc(
     cm:np.ndarray, # `(...,K,K)` confusion matrices
 )->np.ndarray: # `(...)` in [-1,1]; 0 where all truths or all answers are one class
@@ -212,7 +214,7 @@ def percentile_interval(
     low, high = np.quantile(kept, [(1 - level)/2, (1 + level)/2])
     return Interval(float(value), float(low), float(high), int(n_groups), level, len(draws) - len(kept))
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #e9ddb6ad
+# %% ../../nbs/41_evaluate.statistics.ipynb #3f40f1f3
 def bca_interval(
     value:float, # statistic on the data
     draws:np.ndarray, # `(n,)` resampled statistics, `nan` where undefined
@@ -233,7 +235,7 @@ def bca_interval(
     low, high = np.quantile(kept, stats.norm.cdf(z0 + z/(1 - a*z)))
     return replace(plain, low=float(low), high=float(high), method='BCa')
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #32a5c18f
+# %% ../../nbs/41_evaluate.statistics.ipynb #d098f04e
 def placements(
     score:np.ndarray, # `(N,)` higher means more likely positive
     positive:np.ndarray, # `(N,)` bool, both kinds present
@@ -248,7 +250,7 @@ def placements(
     out[~positive] = 1 - out[~positive]
     return out
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #8b30a680
+# %% ../../nbs/41_evaluate.statistics.ipynb #3bdded8a
 def _area_left_out(probs, targets, name, codes):
     "The area without each group, to first order (G,)"
     classes = range(probs.shape[1]) if name == 'macro_auc' else [int(name[4:])]
@@ -271,7 +273,7 @@ def _left_out(stat, models, targets, groups):
     others = (np.flatnonzero(codes != g) for g in range(codes.max() + 1))
     return np.array([sum(s*stat(p[i], targets[i]) for s, p in models) for i in others], dtype=float)
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #48858494
+# %% ../../nbs/41_evaluate.statistics.ipynb #01a4cbce
 def _interval(stat, signed, targets, groups, n, seed, level, strata, method):
     "Interval of the signed sum of `stat` over `signed` = [(sign, probs)]"
     if method not in ('percentile', 'bca'):
@@ -299,7 +301,7 @@ def bootstrap(
     signed = [(1/len(models), p) for p in models]
     return _interval(stat, signed, targets, groups, n, seed, level, strata, method)
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #4bf81ab7
+# %% ../../nbs/41_evaluate.statistics.ipynb #e3fe2171
 def class_strata(
     targets:np.ndarray, # `(N,)` class indices
     groups:Sequence|None, # `(N,)` group of each row; None: every row its own
