@@ -16,7 +16,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes", [dict(opt="adan"), pytest.param(dict(opt="sgd"), marks=slow),
-                                     pytest.param(dict(opt="adan", accumulate=2), marks=slow)], ids=str)
+                                     pytest.param(dict(opt="adan", accumulate=2), marks=slow),
+                                     pytest.param(dict(opt="adan", average="swa", swa_start=.4), marks=slow)], ids=str)
 def test_two_processes_take_the_steps_of_one(data, changes, request):
     """Batch statistics, class weights, augmentation, clipping: all of it as in one process.
 
