@@ -277,7 +277,7 @@ def _network_choices(model, loss):
                  loss=type(loss).__name__) | _named('loss', simple)
             | {'loss.weight': None if weight is None else weight.tolist()})
 
-# %% ../../nbs/33_train.learner.ipynb #fbca70ec
+# %% ../../nbs/33_train.learner.ipynb #9cc4bb9f
 def _named_one(what, got, names):
     "The value, which must be one of several"
     if got in names: return got
@@ -296,7 +296,7 @@ def _allowed(average, accumulate, precision, mixing, mixing_alpha, sam):
     if sam and others: raise TrainError('sharpness-aware steps take each gradient twice, of whole unmixed batches in '
                                         f'single precision: leave out sam or {", ".join(others)}')
 
-# %% ../../nbs/33_train.learner.ipynb #89699c09
+# %% ../../nbs/33_train.learner.ipynb #d7cf716b
 def _extras(average, ema_decay, swa_start, accumulate, precision, mixing, mixing_alpha, sam):
     "The callbacks of these options, and what a resumed fit must share of them"
     _allowed(average, accumulate, precision, mixing, mixing_alpha, sam)
@@ -354,8 +354,9 @@ def _schedule(history, clock, plan):
     "The callback that sets the learning rate of every step"
     kind, peak, warmup = plan['schedule'], plan['lr'], min(plan['warmup_epochs'] / plan['epochs'], .3)
     if kind == 'plateau':
-        return Plateau(peak, factor=plan['plateau_factor'], patience=plan['plateau_patience'], min_delta=plan['min_delta'],
-                       warmup_epochs=warmup * plan['epochs'], value=lambda learn: history.rows[-1]['valid_loss'])
+        return Plateau(peak, factor=plan['plateau_factor'], patience=plan['plateau_patience'],
+                       min_delta=plan['min_delta'], warmup_epochs=warmup * plan['epochs'],
+                       value=lambda learn: history.rows[-1]['valid_loss'])
     more = dict(hold=plan.get('swa_start') or .75) if kind == 'hold' else {}
     def rate(done): return peak * SCHEDULES[kind](done, warmup, **more)
     rate(0.)
@@ -776,7 +777,7 @@ def _check_plan(learn, plan, save_seconds):
         raise TrainError('plateau_patience must lie below patience, or the fit ends before the first cut, got '
                          f'{plan["plateau_patience"]} and {plan["patience"]}: change one of them')
 
-# %% ../../nbs/33_train.learner.ipynb #9e71b124
+# %% ../../nbs/33_train.learner.ipynb #e81a61f0
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
