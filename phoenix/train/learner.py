@@ -277,7 +277,7 @@ def _network_choices(model, loss):
                  loss=type(loss).__name__) | _named('loss', simple)
             | {'loss.weight': None if weight is None else weight.tolist()})
 
-# %% ../../nbs/33_train.learner.ipynb #9cc4bb9f
+# %% ../../nbs/33_train.learner.ipynb #8b8c71bf
 def _named_one(what, got, names):
     "The value, which must be one of several"
     if got in names: return got
@@ -296,7 +296,7 @@ def _allowed(average, accumulate, precision, mixing, mixing_alpha, sam):
     if sam and others: raise TrainError('sharpness-aware steps take each gradient twice, of whole unmixed batches in '
                                         f'single precision: leave out sam or {", ".join(others)}')
 
-# %% ../../nbs/33_train.learner.ipynb #d7cf716b
+# %% ../../nbs/33_train.learner.ipynb #2d88fc3f
 def _extras(average, ema_decay, swa_start, accumulate, precision, mixing, mixing_alpha, sam):
     "The callbacks of these options, and what a resumed fit must share of them"
     _allowed(average, accumulate, precision, mixing, mixing_alpha, sam)
@@ -777,7 +777,7 @@ def _check_plan(learn, plan, save_seconds):
         raise TrainError('plateau_patience must lie below patience, or the fit ends before the first cut, got '
                          f'{plan["plateau_patience"]} and {plan["patience"]}: change one of them')
 
-# %% ../../nbs/33_train.learner.ipynb #e81a61f0
+# %% ../../nbs/33_train.learner.ipynb #bf39e9d6
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
@@ -886,7 +886,7 @@ def make_loss(
     if name not in (names := ('cross_entropy', 'focal')):
         raise TrainError(f'the loss must be one of {", ".join(names)}, got {name!r}{did_you_mean(name, names)}')
     if weights not in ('none', 'balanced'): raise TrainError(f"weights must be 'none' or 'balanced', got {weights!r}")
-    w = class_weights(torch.as_tensor(np.asarray(targets)), n_classes) if weights == 'balanced' else None
+    w = class_weights(torch.tensor(np.array(targets)), n_classes) if weights == 'balanced' else None
     if name == 'focal': return Focal(alpha=w, label_smoothing=label_smoothing)
     return CrossEntropy(label_smoothing, w)
 
