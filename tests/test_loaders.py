@@ -3,6 +3,7 @@ import copy
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import fastai.callback.schedule  # noqa: F401 (Learner.lr_find)
 import fastai.vision.learner  # noqa: F401 (plot_top_losses)
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.interpret import ClassificationInterpretation
@@ -23,6 +25,7 @@ from phoenix.data.acquire import build_manifest
 from phoenix.data.augment import Augment
 from phoenix.data.duplicates import find_pairs
 from phoenix.data.loaders import EpochKeys, KeyedDL, LoaderError, TensorSlice, balanced_order, dl_rows, make_loaders
+from phoenix.data.phantom import make_phantom
 from phoenix.data.preprocess import Preprocess
 from phoenix.data.splits import certify, group_rows, split_grouped, split_published
 from phoenix.keys import seeded
@@ -328,3 +331,74 @@ def test_further_transforms_and_devices(load):
     assert sum(type(t).__name__ == 'KeyedBatch' for t in more.after_batch.fs) == 1
     assert dls.device == dls.train.device and dls.one_batch()[0].device == dls.device
     assert isinstance(dls.train, KeyedDL) and dls.test is dls[2]
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    "A phantom whose table says which head and which place each slice is from, split by patient"
+    base = tmp_path_factory.mktemp("volumes")
+    truth = make_phantom(base/"phantom", patients=24, slices=4, size=48, seed=3)
+    table = pd.DataFrame(truth["images"])[["file", "label", "patient"]]
+    table["series"], table["slice_index"] = table.patient, [r["slice"] for r in truth["images"]]
+    table.to_csv(base/"phantom/manifest.csv", index=False)
+    manifest = build_manifest(base/"phantom", progress=False)
+    pairs = find_pairs(manifest, progress=False)
+    sides = split_grouped(manifest, group_rows(manifest, pairs), fractions=(.5, .25, .25))
+    return base, manifest, certify(manifest, pairs, sides, "grouped"), pairs
+
+
+def test_neighbouring_slices_are_channels(volumes):
+    "The slice in the middle, those of its own volume beside it, in the order of the volume, repeated at the ends"
+    base, manifest, cert, _ = volumes
+    how = dict(cache_dir=base/"cache", batch_size=4, progress=False, device="cpu")
+    one, three, five = (make_loaders(manifest, cert, Preprocess(size=(32, 32)), slices=n, **how) for n in (1, 3, 5))
+    for dl, plain in zip(three, one):
+        rows = dl.dataset.items
+        image = {p: plain.dataset.cache.image(p) for p in rows.path}
+        for i, row in enumerate(rows.itertuples()):
+            volume = rows[rows.series == row.series].assign(k=lambda t: t.slice_index.astype(int)).sort_values("k").path.tolist()
+            k = volume.index(row.path)
+            want = [volume[max(k - 1, 0)], row.path, volume[min(k + 1, len(volume) - 1)]]
+            assert (dl.dataset[i][0].numpy() == np.stack([image[p] for p in want])).all()
+    x, again = three.test.one_batch()[0], next(iter(three.test.new(three.test.dataset.items.iloc[:4])))[0]
+    assert x.shape[1:] == (3, 32, 32) and (x[:4] == again).all() and five.train.one_batch()[0].shape[1] == 5
+    assert (x[:, 1:2] == one.test.one_batch()[0]).all()
+    files = three.test.dataset.around[three.test.dataset.paths[0]]
+    assert (three.test_dl([tuple(manifest.root/f for f in files)]).one_batch()[0][0] == x[0]).all()
+    with pytest.raises(LoaderError, match="as 3 neighbouring slices, got 1"): three.test_dl([manifest.root/files[0]]).one_batch()
+
+
+def test_a_volume_is_never_cut(volumes):
+    "A split that would train on one half of a head and test the other is refused, also where patients are unknown"
+    base, manifest, cert, pairs = volumes
+    rows = pd.read_csv(manifest.root/"manifest.csv").drop(columns="patient")
+    copy = base/"unknown"
+    shutil.copytree(manifest.root, copy)
+    rows.to_csv(copy/"manifest.csv", index=False)
+    unknown = build_manifest(copy, progress=False)
+    sides = pd.Series(cert.assignment)
+    moved = unknown.table.path[unknown.table.path.map(sides).eq("train")].iloc[0]
+    cut = certify(unknown, pairs.iloc[:0], sides.where(sides.index != moved, "test"), "mine")
+    how = dict(cache_dir=base/"cache", batch_size=4, progress=False, device="cpu")
+    assert make_loaders(unknown, cut, Preprocess(size=(32, 32)), **how).train
+    with pytest.raises(LoaderError, match="a volume must be on one side, p00.. is cut in two"):
+        make_loaders(unknown, cut, Preprocess(size=(32, 32)), slices=3, **how)
+
+
+def test_a_network_of_neighbouring_slices_from_training_to_prediction(volumes):
+    "It gets three channels, its choice is written down, and the packaged model sees what the training saw"
+    from phoenix.deploy.package import save_package
+    from phoenix.train.learner import train_classifier
+    base, manifest, cert, _ = volumes
+    size, how = Preprocess(size=(32, 32)), dict(epochs=1, batch_size=8, cache_dir=base/"cache", progress=False, slices=3)
+    trained = train_classifier(manifest, cert, model="neurosnake_tiny_ca", preprocess=size, **how)
+    weights = trained.learner.model.state_dict()
+    assert trained.learner.choices["slices"] == 3 and next(v for v in weights.values() if v.ndim == 4).shape[1] in (3, 1)
+    package = save_package(base/"model", model_name="neurosnake_tiny_ca", model_args=dict(n_classes=4, slices=3),
+                           state_dict=weights, classes=trained.test.classes, preprocess=size, run_hash="none", threshold=0.,
+                           certificate_sha256=cert.sha256, metrics=dict(accuracy=trained.test.accuracy), synthetic=True,
+                           published=False)
+    around = trained.dls.test.dataset.around
+    x = torch.from_numpy(package.images([tuple(manifest.root/f for f in around[p]) for p in trained.test.rows.path]))
+    assert x.shape[1] == 3
+    with torch.no_grad(): assert (package.model()(x) - torch.from_numpy(trained.test.logits)).abs().max() < 1e-5

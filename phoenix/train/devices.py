@@ -239,6 +239,8 @@ def write_job(
 )->Path: # job.json
     "Write down a training for workers to read"
     folder = Path(folder)
+    if not isinstance(batch_size, int):
+        raise DeviceError(f'several devices need a number of pictures per step, got {batch_size!r}: name one')
     manifest.save(folder/'manifest.json'), certificate.save(folder/'certificate.json')
     job = dict(run_dir=str(Path(run_dir).resolve()), root=str(manifest.root.resolve()), model=model, loss=loss,
                model_options=model_options or {}, preprocess=(preprocess or Preprocess()).spec(), epochs=epochs,
@@ -263,7 +265,8 @@ def learner_of_job(
         cache_dir=Path(job['cache_dir']), batch_size=job['batch_size'], seed=job['seed'], **options['make_loaders'])
     loss = make_loss(job['loss'], np.array(dls.train.dataset.targets), len(dls.vocab), **options['make_loss'])
     if world > 1: dls = shard_loaders(dls, rank, world)
-    network = make_network(job['model'], job['model_options'], len(dls.vocab), job['seed'])
+    around = dict(slices=dls.train.dataset.slices) if job['model_options'] else {}
+    network = make_network(job['model'], job['model_options'] | around, len(dls.vocab), job['seed'])
     return make_learner(dls, network, loss=loss, run_dir=run_dir or Path(job['run_dir']), seed=job['seed'],
                         **options['make_learner'])
 

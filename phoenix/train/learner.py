@@ -44,7 +44,7 @@ from ..plots import style
 from ..records import write_text
 from ..settings import PhoenixError, did_you_mean
 from .averaging import WeightAverage
-from .batches import Accumulate, HalfPrecision
+from .batches import Accumulate, HalfPrecision, find_batch_size
 from .checkpoints import (DISK_FULL, CheckpointError, newest_checkpoint, read_checkpoint, restore,
                                        save_checkpoint, set_aside, write_error)
 from .log import LOG, RunLog
@@ -264,7 +264,7 @@ def _data_choices(dls):
     slices, cert = train.dataset, dls.certificate
     augment = asdict(train.augment) if train.augment else dict(kind='none')
     return (found | dict(certificate=cert and cert.sha256, manifest=cert and cert.manifest_sha256,
-                         balanced=train.balanced, shuffle_labels=dls.shuffled_labels, classes=list(train.vocab))
+                         slices=slices.slices, balanced=train.balanced, shuffle_labels=dls.shuffled_labels, classes=list(train.vocab))
             | _named('preprocess', slices.cache.preprocess.spec()) | _named('augment', augment))
 
 # %% ../../nbs/33_train.learner.ipynb #a356c50e
@@ -277,7 +277,7 @@ def _network_choices(model, loss):
                  loss=type(loss).__name__) | _named('loss', simple)
             | {'loss.weight': None if weight is None else weight.tolist()})
 
-# %% ../../nbs/33_train.learner.ipynb #8b8c71bf
+# %% ../../nbs/33_train.learner.ipynb #dc2a46fc
 def _named_one(what, got, names):
     "The value, which must be one of several"
     if got in names: return got
@@ -296,7 +296,7 @@ def _allowed(average, accumulate, precision, mixing, mixing_alpha, sam):
     if sam and others: raise TrainError('sharpness-aware steps take each gradient twice, of whole unmixed batches in '
                                         f'single precision: leave out sam or {", ".join(others)}')
 
-# %% ../../nbs/33_train.learner.ipynb #2d88fc3f
+# %% ../../nbs/33_train.learner.ipynb #9b63734e
 def _extras(average, ema_decay, swa_start, accumulate, precision, mixing, mixing_alpha, sam):
     "The callbacks of these options, and what a resumed fit must share of them"
     _allowed(average, accumulate, precision, mixing, mixing_alpha, sam)
@@ -337,7 +337,8 @@ def make_learner(
     loss, opt_func = CrossEntropy() if loss is None else loss, functools.partial(get_optimizer(opt), wd=weight_decay)
     name = dict(model=model) if isinstance(model, str) else {}
     if isinstance(model, str):
-        with seeded(seed64(seed, 'weights')): model = create_model(model, len(dls.vocab))
+        around = getattr(getattr(dls.train, 'dataset', None), 'slices', 1)
+        with seeded(seed64(seed, 'weights')): model = create_model(model, len(dls.vocab), slices=around)
     def trained(m): return [p for part in (m, loss) for p in part.parameters() if p.requires_grad]
     choices = (_network_choices(model, loss) | name | _data_choices(dls) | how
                | dict(opt=opt, weight_decay=weight_decay, clip_norm=clip_norm, seed=seed))
@@ -777,7 +778,7 @@ def _check_plan(learn, plan, save_seconds):
         raise TrainError('plateau_patience must lie below patience, or the fit ends before the first cut, got '
                          f'{plan["plateau_patience"]} and {plan["patience"]}: change one of them')
 
-# %% ../../nbs/33_train.learner.ipynb #bf39e9d6
+# %% ../../nbs/33_train.learner.ipynb #208328db
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
@@ -874,6 +875,14 @@ class Trained:
     test:Predictions # of the test images
 
 # %% ../../nbs/33_train.learner.ipynb #6c58c1f8
+def _auto_batch(learner, resume):
+    "The batch of a training that goes on, or the largest whose step, the optimizer's included, fits into memory"
+    path = newest_checkpoint(Path(resume)/'checkpoints/last.safetensors')[0] if resume else None
+    if path: return read_checkpoint(path).state['plan']['batch_size']
+    probe = learner(1, None)
+    return find_batch_size(probe, low=1, high=max(1, min(256, len(probe.dls.train.dataset)//4))).size
+
+
 def make_loss(
     name:str, # 'cross_entropy' or 'focal'
     targets:np.ndarray, # classes of the training images `(N,)`
@@ -912,7 +921,7 @@ def train_classifier(
     epochs:int=50, # passes over the training images, at most
     seconds:float=0., # budget in seconds, 0 = none
     seed:int=42, # key of weights, order, augmentation and dropout
-    batch_size:int=32, # images per step
+    batch_size:int|str=32, # images per batch; 'auto': the most whose whole step fits, up to 256 and a quarter of all
     cache_dir:Path=Path('data/cache'), # preprocessed images
     run_dir:Path|None=None, # gets checkpoints and history; nothing is written when not given
     loss:str='cross_entropy', # or 'focal'
@@ -920,9 +929,13 @@ def train_classifier(
 )->Trained: # learner, loaders, history and predictions
     "Train a network on certified images and predict the validation and test images with its best weights"
     for_loaders, for_learner, for_fit, for_loss = _route(options)
-    dls = make_loaders(manifest, certificate, preprocess or Preprocess(), augment=augment, batch_size=batch_size,
-                       seed=seed, cache_dir=cache_dir, **for_loaders)
-    loss = make_loss(loss, dls.train.dataset.targets, len(dls.vocab), **for_loss)
-    learn = make_learner(dls, model, loss=loss, run_dir=run_dir, seed=seed, **for_learner)
+    def learner(n, run_dir=run_dir):
+        dls = make_loaders(manifest, certificate, preprocess or Preprocess(), augment=augment, batch_size=n,
+                           seed=seed, cache_dir=cache_dir, **for_loaders)
+        made = make_loss(loss, dls.train.dataset.targets, len(dls.vocab), **for_loss)
+        return make_learner(dls, model, loss=made, run_dir=run_dir, seed=seed, **for_learner)
+    resume = run_dir if for_fit.get('resume') else None
+    learn = learner(_auto_batch(learner, resume) if batch_size == 'auto' else batch_size)
+    dls = learn.dls
     history = fit(learn, epochs, seconds=seconds, **for_fit)
     return Trained(learn, dls, history, predict(learn, dls.valid), predict(learn, dls.test))
