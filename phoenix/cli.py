@@ -427,7 +427,7 @@ def _run_of(folder, certificate, s, how, devices, resume):
     run.seal()
     return run, scores
 
-# %% ../nbs/91_cli.ipynb #af5bcf96
+# %% ../nbs/91_cli.ipynb #1d428a4d
 def _take_over(run, old):
     "Copy what a resumed training needs into its new run folder, and note its origin"
     from phoenix.records import sha256_file
@@ -708,7 +708,7 @@ def export(
     images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
     with tempfile.TemporaryDirectory() as work:
         network = package.model()
-        path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size)
+        path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size, c_in=images.shape[1])
         parity = check_parity(network, path, images)
         if not parity.ok: raise PhoenixError("The ONNX file must equal the network to 1e-4, but differs: "
                                              f"{parity.to_dict()}; report this")

@@ -1,12 +1,14 @@
 "Loaders: the same batches in any process with any number of workers, and only under a certificate that holds."
 import copy
 import hashlib
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401 (Learner.no_bar)
 import fastai.callback.schedule  # noqa: F401 (Learner.lr_find)
@@ -29,6 +31,7 @@ from phoenix.data.phantom import make_phantom
 from phoenix.data.preprocess import Preprocess
 from phoenix.data.splits import certify, group_rows, split_grouped, split_published
 from phoenix.keys import seeded
+from phoenix.train.checkpoints import read_checkpoint
 
 PREPROCESS = Preprocess(size=(24, 32))
 CLASSES = ('glioma', 'no_tumor', 'pituitary')
@@ -402,3 +405,63 @@ def test_a_network_of_neighbouring_slices_from_training_to_prediction(volumes):
     x = torch.from_numpy(package.images([tuple(manifest.root/f for f in around[p]) for p in trained.test.rows.path]))
     assert x.shape[1] == 3
     with torch.no_grad(): assert (package.model()(x) - torch.from_numpy(trained.test.logits)).abs().max() < 1e-5
+
+
+def test_the_batch_that_fits_is_found_once(volumes, monkeypatch):
+    "'auto' is the most whose whole step fits, at most a quarter of the pictures; a resumed training keeps what it found"
+    from phoenix.train import batches
+    from phoenix.train.learner import train_classifier
+    base, manifest, cert, _ = volumes
+    how = dict(model="neurosnake_tiny_ca", preprocess=Preprocess(size=(32, 32)), batch_size="auto", cache_dir=base/"cache",
+               progress=False)
+    plenty = train_classifier(manifest, cert, epochs=1, **how).learner.choices["batch_size"]
+    assert plenty == list(cert.assignment.values()).count("train")//4
+    need = batches.step_bytes(train_classifier(manifest, cert, epochs=1, **how | dict(batch_size=4)).learner, 4)
+    monkeypatch.setattr(batches, "_free_bytes", lambda device: need/.8 + 1)
+    first = train_classifier(manifest, cert, epochs=1, run_dir=base/"auto", **how)
+    assert first.learner.choices["batch_size"] == 4 < plenty
+    monkeypatch.setattr(batches, "_free_bytes", lambda device: 2**40)
+    again = train_classifier(manifest, cert, epochs=1, run_dir=base/"auto", resume=True, **how)
+    assert again.learner.choices["batch_size"] == 4 and (again.test.logits == first.test.logits).all()
+
+
+def typed(base, *words):
+    "What a command answers, as it is typed"
+    from typer.testing import CliRunner
+    from phoenix.cli import app
+    env = dict(PHOENIX_THREADS="1", PHOENIX_RUNS_DIR=str(base/"runs"), PHOENIX_CACHE_DIR=str(base/"cache"))
+    return CliRunner().invoke(app, [*map(str, words), "--json"], env=env)
+
+
+def test_options_of_phoenix_train_are_refused_in_one_sentence(volumes):
+    "Before anything is trained; the run says that it failed and why"
+    base, manifest, cert, _ = volumes
+    cert.save(base/"split.json")
+    start = ["train", manifest.root, base/"split.json", "--model", "neurosnake_tiny_ca", "--size", 32, "--epochs", 1]
+    for words, why in ((["--batch-size", "many"], "must be a number from 1 or 'auto', got 'many'"),
+                       (["--mixing", "cutmx"], "did you mean 'cutmix'"), (["--slices", 2], "slices must be odd"),
+                       (["--average", "swa", "--seconds", 5], "give epochs alone"),
+                       (["--sam", .05, "--accumulate", 2], "leave out sam or accumulate"),
+                       (["--devices", 2, "--mixing", "mixup"], "must see the whole batch")):
+        done = typed(base, *start, *words)
+        assert done.exit_code == 2 and why in json.loads(done.stdout)["error"], done.stdout
+
+
+@pytest.mark.slow
+def test_every_option_of_phoenix_train_by_its_flag(volumes):
+    "Three slices, the batch that fits, several options at once; resumed, exported, quantised and scored"
+    base, manifest, cert, _ = volumes
+    cert.save(base/"split.json")
+    words = ["train", manifest.root, base/"split.json", "--model", "neurosnake_tiny_ca", "--size", 32, "--epochs", 2,
+             "--slices", 3, "--batch-size", "auto", "--average", "swa", "--swa-start", .5, "--mixing", "mixup",
+             "--precision", "bf16", "--accumulate", 2, "--weights", "balanced", "--loss", "focal", "--opt", "adamw"]
+    first = json.loads(typed(base, *words).stdout)
+    again = json.loads(typed(base, *words, "--resume", first["run"]).stdout)
+    assert again["scores"] == first["scores"]
+    state = read_checkpoint(Path(first["run"])/"checkpoints/last.safetensors").state["plan"]
+    assert [state[k] for k in ("slices", "batch_size", "average", "schedule", "mixing", "precision", "accumulate", "opt",
+                               "loss")] == [3, 12, "swa", "hold", "mixup", "bf16", 2, "adamw", "Focal"]
+    place = first["model"], manifest.root, base/"split.json"
+    assert typed(base, "export", *place).exit_code == 0 and typed(base, "quantize", *place, "--images", 24).exit_code in (0, 1)
+    found = json.loads(typed(base, "evaluate", *place, "--runtime", "fp32").stdout)
+    assert found["accuracy"] == pytest.approx(first["scores"]["test"]["accuracy"])

@@ -150,7 +150,11 @@ class PeakBytes(TorchDispatchMode):
     def see(self,
         x:Tensor, # a result of an operation
     )->None:
-        "Count the storage of a tensor once, until it is freed"
+        "Count the storage of a tensor once, until it is freed; of a sparse one those of its parts"
+        if x.layout is not torch.strided:
+            csr = x.layout is torch.sparse_csr
+            for part in (x.crow_indices(), x.col_indices(), x.values()) if csr else (x._indices(), x._values()): self.see(part)
+            return
         storage = x.untyped_storage()
         if (key := storage._cdata) in self.alive: return
         self.alive[key] = weakref.finalize(storage, self.free, key, storage.nbytes())

@@ -277,7 +277,7 @@ def _network_choices(model, loss):
                  loss=type(loss).__name__) | _named('loss', simple)
             | {'loss.weight': None if weight is None else weight.tolist()})
 
-# %% ../../nbs/33_train.learner.ipynb #dc2a46fc
+# %% ../../nbs/33_train.learner.ipynb #e7189d9d
 def _named_one(what, got, names):
     "The value, which must be one of several"
     if got in names: return got
@@ -296,7 +296,7 @@ def _allowed(average, accumulate, precision, mixing, mixing_alpha, sam):
     if sam and others: raise TrainError('sharpness-aware steps take each gradient twice, of whole unmixed batches in '
                                         f'single precision: leave out sam or {", ".join(others)}')
 
-# %% ../../nbs/33_train.learner.ipynb #9b63734e
+# %% ../../nbs/33_train.learner.ipynb #f48e5570
 def _extras(average, ema_decay, swa_start, accumulate, precision, mixing, mixing_alpha, sam):
     "The callbacks of these options, and what a resumed fit must share of them"
     _allowed(average, accumulate, precision, mixing, mixing_alpha, sam)
@@ -778,7 +778,7 @@ def _check_plan(learn, plan, save_seconds):
         raise TrainError('plateau_patience must lie below patience, or the fit ends before the first cut, got '
                          f'{plan["plateau_patience"]} and {plan["patience"]}: change one of them')
 
-# %% ../../nbs/33_train.learner.ipynb #208328db
+# %% ../../nbs/33_train.learner.ipynb #a5e044db
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
@@ -880,7 +880,7 @@ def _auto_batch(learner, resume):
     path = newest_checkpoint(Path(resume)/'checkpoints/last.safetensors')[0] if resume else None
     if path: return read_checkpoint(path).state['plan']['batch_size']
     probe = learner(1, None)
-    return find_batch_size(probe, low=1, high=max(1, min(256, len(probe.dls.train.dataset)//4))).size
+    return find_batch_size(probe, high=max(2, min(256, len(probe.dls.train.dataset)//4))).size
 
 
 def make_loss(
