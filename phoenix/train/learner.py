@@ -259,7 +259,8 @@ def _named(prefix, d): return {f'{prefix}.{k}': v for k, v in d.items()}
 def _data_choices(dls):
     "What decides the batches, by name"
     train = dls.train
-    found = dict(batches=len(train), batch_size=getattr(train, 'bs', None) or getattr(train, 'batch_size', None))
+    bs = (getattr(train, 'bs', None) or getattr(train, 'batch_size', None) or 0) * getattr(train, 'world', 1)
+    found = dict(batches=len(train), batch_size=bs or None) # of all devices together
     if not isinstance(dls, SliceLoaders): return found
     slices, cert = train.dataset, dls.certificate
     augment = asdict(train.augment) if train.augment else dict(kind='none')
@@ -277,7 +278,7 @@ def _network_choices(model, loss):
                  loss=type(loss).__name__) | _named('loss', simple)
             | {'loss.weight': None if weight is None else weight.tolist()})
 
-# %% ../../nbs/33_train.learner.ipynb #e7189d9d
+# %% ../../nbs/33_train.learner.ipynb #077ed89e
 def _named_one(what, got, names):
     "The value, which must be one of several"
     if got in names: return got
@@ -296,7 +297,7 @@ def _allowed(average, accumulate, precision, mixing, mixing_alpha, sam):
     if sam and others: raise TrainError('sharpness-aware steps take each gradient twice, of whole unmixed batches in '
                                         f'single precision: leave out sam or {", ".join(others)}')
 
-# %% ../../nbs/33_train.learner.ipynb #f48e5570
+# %% ../../nbs/33_train.learner.ipynb #47ae621a
 def _extras(average, ema_decay, swa_start, accumulate, precision, mixing, mixing_alpha, sam):
     "The callbacks of these options, and what a resumed fit must share of them"
     _allowed(average, accumulate, precision, mixing, mixing_alpha, sam)
@@ -778,7 +779,7 @@ def _check_plan(learn, plan, save_seconds):
         raise TrainError('plateau_patience must lie below patience, or the fit ends before the first cut, got '
                          f'{plan["plateau_patience"]} and {plan["patience"]}: change one of them')
 
-# %% ../../nbs/33_train.learner.ipynb #a5e044db
+# %% ../../nbs/33_train.learner.ipynb #63172e36
 def fit(
     learn:KeyedLearner, # from `make_learner`
     epochs:int, # passes over the training images, at most
