@@ -149,8 +149,8 @@ class Moments:
 
 OPTIONS = dict(ema=(dict(average="ema", ema_decay=.9), {}),
                accumulated=(dict(average="ema", ema_decay=.9, accumulate=3, mixing="mixup"), dict(schedule="one_cycle")),
-               equal=(dict(average="swa", swa_start=.3, precision="bf16"), {}),
-               halves=(dict(precision="fp16", accumulate=2, mixing="cutmix", average="swa", swa_start=.3),
+               equal=(dict(average="swa", swa_start=.31, precision="bf16"), {}),
+               halves=(dict(precision="fp16", accumulate=2, mixing="cutmix", average="swa", swa_start=.31),
                        dict(schedule="plateau", plateau_patience=1, min_delta=9.)),
                sharp=(dict(sam=.05, opt="sgd"), dict(schedule="hold"))) # of `make_learner`, and of `fit`
 
@@ -195,7 +195,7 @@ def kills(folder, points, workers, seed, name="ema"):
         def whole(): return two_folds(folder/f"whole{every}", False, workers, every, 0, name)
         counted = forked(lambda: "\n".join([(w := whole())[0], *w[1].names]))
         straight[every], *moments[every] = counted.split("\n")
-    assert len(set(straight.values())) == 1, straight
+    assert len(set(straight.values())) == 1 and all(moments.values()), straight
     hit, kinds = [], sorted({n for names in moments.values() for n in names})
     draw.shuffle(kinds) # every kind of moment has its turn, at an occurrence that is drawn; the worst one first
     kinds.sort(key=lambda n: n != "half of a checkpoint")
