@@ -382,7 +382,7 @@ def train(
     loss:str="cross_entropy", # or 'focal'
     weights:str="none", # 'balanced': classes weigh in inverse proportion to their counts
     opt:str="adan", # or 'adamw', 'sgd'
-    schedule:str="", # of the learning rate: 'cosine', 'one_cycle', 'plateau', 'hold'; 'hold' for swa, else 'cosine' when empty
+    schedule:str="", # of the rate: 'cosine', 'one_cycle', 'plateau', 'hold'; 'hold' for swa, else 'cosine', when empty
     average:str="none", # mean of the weights that is validated and kept: 'ema' of all steps, 'swa' of the last epochs
     ema_decay:float=.999, # share of the mean that a step leaves
     swa_start:float=.75, # share of the epochs after which swa begins
@@ -454,14 +454,15 @@ def _train(run, manifest, cert, s, how, devices=1):
                  who="phoenix train", run=run)
     run.record(**found, looks=seen.number)
     if published_split: run.note_published_split()
-    save_package(run.file("model"), model_name=s.model, model_args=dict(n_classes=len(trained.test.classes), **_around(how)),
+    save_package(run.file("model"), model_name=s.model,
+        model_args=_around(how) | dict(n_classes=len(trained.test.classes)),
         state_dict=trained.learner.model.state_dict(), classes=trained.test.classes,
         preprocess=Preprocess(size=(s.size, s.size)),
         certificate_sha256=cert.sha256, run_hash=run.path.name, metrics=found["test"], threshold=s.threshold,
         synthetic=manifest.synthetic, published=published_split)
     return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
 
-
+# %% ../nbs/91_cli.ipynb #c0acc182
 def _around(how): return dict(slices=how["slices"]) if how.get("slices", 1) > 1 else {}
 
 
@@ -666,7 +667,7 @@ def parameter_search(
     output_dir:Path=Path("runs/search"), # journal, trials and results; several processes may share it
     trials:int=20, # all together, those of other processes and of earlier calls included
     folds:int=3, # of each trial
-    parameters:str="", # which to search, with commas, also average, schedule, mixing and accumulate; the usual when empty
+    parameters:str="", # which to search, with commas, also average, schedule, mixing, accumulate; the usual when empty
     objectives:str="accuracy", # 'accuracy', 'calibration', 'latency', with commas; two or more give a front
     sampler:str="tpe", # 'tpe', 'random' or 'nsga2'
     model:str="", # network; the setting `model` when empty

@@ -247,20 +247,21 @@ class TensorSlice(TensorImageBW):
 
 # %% ../../nbs/19_data.loaders.ipynb #08b52f24
 def neighbours(
-    rows:pd.DataFrame, # manifest rows of one side, with the columns `series` and `slice_index`, and `plane` if there are several
+    rows:pd.DataFrame, # manifest rows of one side, with `series` and `slice_index`, and `plane` if there are several
     slices:int=3, # slices together, odd
 )->dict[str,tuple[str,...]]: # path of each slice → paths of it and those around it, in the order of the volume
     "Each slice between those before and after it in its volume"
     if slices < 1 or slices % 2 == 0:
         raise LoaderError(f'slices must be odd and 1 or more, got {slices}: the picture is the one in the middle')
     if lacking := sorted({'series', 'slice_index'} - set(rows)):
-        raise LoaderError(f'neighbouring slices need a volume and a place for each, but {", ".join(lacking)} is no column '
-                          'of this set: make it with `phoenix data slices`, or add the columns to manifest.csv')
+        raise LoaderError('neighbouring slices need a volume and a place for each, but '
+                          f'{", ".join(lacking)} is no column of this set: make it with `phoenix data slices`, or add the columns to manifest.csv')
     place = pd.to_numeric(rows.slice_index, errors='coerce')
     volume = rows.series.astype(str) + ('/' + rows.plane.astype(str) if 'plane' in rows else '')
     if odd := list(rows.path[place.isna() | rows.series.isna() | rows.series.eq('') | pd.Series(
             list(zip(volume, place)), rows.index).duplicated()]):
-        raise LoaderError(f'each slice must have a place of its own in its volume, {odd[0]} has none: correct manifest.csv')
+        raise LoaderError(f'each slice must have a place of its own in its volume, {odd[0]} has none: correct the '
+                          'table manifest.csv')
     around, half = {}, slices//2
     for paths in rows.path.groupby(volume).agg(lambda p: list(p.loc[place.loc[p.index].sort_values().index])):
         ends = [paths[0]]*half + paths + [paths[-1]]*half
@@ -276,7 +277,7 @@ class Slices:
         rows:pd.DataFrame, # manifest rows and their class number `target`; the index is the place in the manifest
         vocab:Sequence[str], # class names in class order
         split:str='train', # 'train', 'valid' or 'test'
-        around:dict | None=None, # from `neighbours`: the slices that are this slice's channels; itself alone when not given
+        around:dict | None=None, # from `neighbours`: the slices that are one's channels; itself alone when not given
     ):
         self.around, self.slices = around, len(next(iter(around.values()))) if around else 1
         self.cache, self.items, self.vocab = cache, rows, CategoryMap(list(vocab), sort=False)
@@ -316,7 +317,8 @@ class Pictures:
     def __getitem__(self, i:int)->tuple[TensorSlice]:
         files = self.items[i] if isinstance(self.items[i], (tuple, list)) else (self.items[i],)
         if len(files) != self.slices:
-            raise LoaderError(f'a picture must come as {self.slices} neighbouring slices, got {len(files)}: pass tuples')
+            raise LoaderError(f'a picture must come as {self.slices} neighbouring slices, got {len(files)}: '
+                              'pass tuples')
         return (TensorSlice(torch.from_numpy(np.stack([self.preprocess(read_pixels(f).grey) for f in files]))),)
 
     def decode(self, o:tuple, full:bool=True)->tuple: return (TensorSlice(o[0]),)
@@ -404,7 +406,8 @@ def new(
     "A variant of this loader with some arguments changed"
     mine = self.dataset
     if isinstance(dataset, pd.DataFrame): dataset = Slices(mine.cache, dataset, mine.vocab, mine.split, mine.around)
-    elif isinstance(dataset, (list, tuple, L)): dataset = Pictures(dataset, mine.cache.preprocess, mine.vocab, mine.slices)
+    elif isinstance(dataset, (list, tuple, L)):
+        dataset = Pictures(dataset, mine.cache.preprocess, mine.vocab, mine.slices)
     if isinstance(dataset, Pictures): kwargs = {'shuffle': False, 'drop_last': False, **kwargs}
     keyed = dict(seed=self.seed, epoch=self.epoch, augment=self.augment, balanced=self.balanced)
     return super(KeyedDL, self).new(dataset, cls, **{**keyed, **kwargs})

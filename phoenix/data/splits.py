@@ -449,7 +449,8 @@ def make_split(
     options = choices[rule]
     if rule in ("author", "column"):
         rest = sorted(set(manifest.table.fold.dropna().astype(int)) - set(test_folds))
-        options = dict(test_folds=sorted(test_folds), valid_folds=sorted(rest[-1:] if valid_folds is None else valid_folds))
+        valids = rest[-1:] if valid_folds is None else valid_folds
+        options = dict(test_folds=sorted(test_folds), valid_folds=sorted(valids))
         rule = "column"
     side = _remake(manifest, pairs, rule, options)
     if rule == "column": side, _ = drop_crossings(manifest, pairs, side)

@@ -36,8 +36,8 @@ class TimmClassifier(Classifier):
         patches = getattr(self.backbone, 'patch_embed', None)
         size, got = getattr(patches, 'img_size', None), tuple(x.shape[-2:])
         if size and getattr(patches, 'strict_img_size', False) and got!=tuple(size):
-            raise PhoenixError(f"pictures must be {tuple(size)}, the size this transformer was built for, got {got}: resize "
-                               f"them, or build it with img_size={got}.")
+            raise PhoenixError(f"pictures must be {tuple(size)}, the size this transformer was built for, got {got}: "
+                               f"resize them, or build it with img_size={got}.")
         return self.normalise(x)
 
     def features(self,

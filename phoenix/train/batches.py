@@ -153,7 +153,8 @@ class PeakBytes(TorchDispatchMode):
         "Count the storage of a tensor once, until it is freed; of a sparse one those of its parts"
         if x.layout is not torch.strided:
             csr = x.layout is torch.sparse_csr
-            for part in (x.crow_indices(), x.col_indices(), x.values()) if csr else (x._indices(), x._values()): self.see(part)
+            parts = (x.crow_indices(), x.col_indices(), x.values()) if csr else (x._indices(), x._values())
+            for part in parts: self.see(part)
             return
         storage = x.untyped_storage()
         if (key := storage._cdata) in self.alive: return

@@ -265,7 +265,8 @@ def _data_choices(dls):
     slices, cert = train.dataset, dls.certificate
     augment = asdict(train.augment) if train.augment else dict(kind='none')
     return (found | dict(certificate=cert and cert.sha256, manifest=cert and cert.manifest_sha256,
-                         slices=slices.slices, balanced=train.balanced, shuffle_labels=dls.shuffled_labels, classes=list(train.vocab))
+                         slices=slices.slices, balanced=train.balanced, shuffle_labels=dls.shuffled_labels,
+                         classes=list(train.vocab))
             | _named('preprocess', slices.cache.preprocess.spec()) | _named('augment', augment))
 
 # %% ../../nbs/33_train.learner.ipynb #a356c50e

@@ -54,8 +54,8 @@ def cosine_hold(
 )->float: # factor of the peak learning rate
     "Warm-up and cosine down to `level`, which is then held: the learning rate for averaging weights"
     if not warmup < hold < 1:
-        raise ScheduleError(f'hold must lie between warmup and 1, got {hold:g} after a warm-up of {warmup:g}: hold, and begin '
-                            'an equal mean, later, or warm up for less')
+        raise ScheduleError(f'hold must lie between warmup and 1, got {hold:g} after a warm-up of {warmup:g}: '
+                            'hold, and begin an equal mean, later, or warm up for less')
     return warmup_cosine(progress / hold, warmup / hold, level)
 
 # %% ../../nbs/31a_train.schedules.ipynb #cf30ea9c

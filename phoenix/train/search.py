@@ -50,7 +50,8 @@ SPACE = dict(
     dropout=FloatDistribution(0., .5), loss=CategoricalDistribution(['cross_entropy', 'focal']),
     label_smoothing=FloatDistribution(0., .2), warmup_epochs=IntDistribution(0, 8))
 FURTHER = dict(
-    average=CategoricalDistribution(['none', 'ema', 'swa']), schedule=CategoricalDistribution(['cosine', 'one_cycle', 'hold']),
+    average=CategoricalDistribution(['none', 'ema', 'swa']),
+    schedule=CategoricalDistribution(['cosine', 'one_cycle', 'hold']),
     mixing=CategoricalDistribution(['none', 'mixup', 'cutmix']), accumulate=CategoricalDistribution([1, 2, 4]))
 
 # %% ../../nbs/35_train.search.ipynb #143da684
