@@ -247,7 +247,7 @@ class TensorSlice(TensorImageBW):
 
 # %% ../../nbs/19_data.loaders.ipynb #08b52f24
 def neighbours(
-    rows:pd.DataFrame, # manifest rows of one side, with `series` and `slice_index`, and `plane` if there are several
+    rows:pd.DataFrame, # rows of one side, with `series` and `slice_index`, and `plane` if there are several
     slices:int=3, # slices together, odd
 )->dict[str,tuple[str,...]]: # path of each slice → paths of it and those around it, in the order of the volume
     "Each slice between those before and after it in its volume"
