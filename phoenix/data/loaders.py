@@ -255,7 +255,8 @@ def neighbours(
         raise LoaderError(f'slices must be odd and 1 or more, got {slices}: the picture is the one in the middle')
     if lacking := sorted({'series', 'slice_index'} - set(rows)):
         raise LoaderError('neighbouring slices need a volume and a place for each, but '
-                          f'{", ".join(lacking)} is no column of this set: make it with `phoenix data slices`, or add the columns to manifest.csv')
+                          f'{", ".join(lacking)} is no column of this set: make it with '
+                          '`phoenix data slices`, or add the columns to manifest.csv')
     place = pd.to_numeric(rows.slice_index, errors='coerce')
     volume = rows.series.astype(str) + ('/' + rows.plane.astype(str) if 'plane' in rows else '')
     if odd := list(rows.path[place.isna() | rows.series.isna() | rows.series.eq('') | pd.Series(
