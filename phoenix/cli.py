@@ -375,31 +375,59 @@ def train(
     epochs:int=0, # most epochs; the setting when 0
     seconds:float=0., # training budget in seconds; 0 = none
     size:int=0, # side of the network's input, pixels; the setting when 0
+    slices:int=1, # neighbouring slices of a volume as channels (2.5D), odd
     seed:int=42, # root of all randomness
+    batch_size:str="", # pictures per batch, or 'auto': the most whose step fits into memory; the setting when empty
+    accumulate:int=1, # batches that make one step
+    loss:str="cross_entropy", # or 'focal'
+    weights:str="none", # 'balanced': classes weigh in inverse proportion to their counts
+    opt:str="adan", # or 'adamw', 'sgd'
+    schedule:str="", # of the rate: 'cosine', 'one_cycle', 'plateau', 'hold'; 'hold' for swa, else 'cosine', when empty
+    average:str="none", # mean of the weights that is validated and kept: 'ema' of all steps, 'swa' of the last epochs
+    ema_decay:float=.999, # share of the mean that a step leaves
+    swa_start:float=.75, # share of the epochs after which swa begins
+    precision:str="fp32", # of the layers in training: 'bf16' or 'fp16' for half
+    mixing:str="none", # 'mixup' or 'cutmix' of training pictures
+    sam:float=0., # distance of sharpness-aware steps, 0.05 is usual; 0 = none
     devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
     resume:Path|None=None, # run folder of a training that was ended: go on with it, in a new run folder
     published_split:bool=False, # train on a leaking split for comparison; stamps every output
 )->Reply: # validation and test scores, and where run and model lie
     "Train a network on a certified split and package it"
-    from phoenix.data.acquire import build_manifest
-    from phoenix.data.splits import Certificate
-    from phoenix.records import Run
-    s = load_settings(**{k: v for k, v in dict(model=model, epochs=epochs, seconds=seconds, size=size,
-                                               seed=seed).items() if v})
-    manifest, cert = build_manifest(folder), Certificate.load(certificate)
-    run = Run.start("train", s.runs_dir, dict(folder=folder.name, **s.model_dump(mode="json")),
-                    synthetic=manifest.synthetic)
-    try:
-        if resume: _take_over(run, resume)
-        scores = _train(run, manifest, cert, s, published_split, devices, bool(resume))
-    except (Exception, SystemExit) as e: # SystemExit: the process was asked to end, and saved
-        run.fail(f"{type(e).__name__}: {e}", killed=isinstance(e, SystemExit))
-        raise
-    run.seal()
+    how = dict(slices=slices, accumulate=accumulate, loss=loss, weights=weights, opt=opt, schedule=schedule or None,
+               average=average, ema_decay=ema_decay, swa_start=swa_start, precision=precision, mixing=mixing, sam=sam)
+    if batch_size: how["batch_size"] = _batch_size(batch_size)
+    s = _settings(model=model, epochs=epochs, seconds=seconds, size=size, seed=seed)
+    how |= dict(published_split=published_split, resume=bool(resume))
+    run, scores = _run_of(folder, certificate, s, how, devices, resume)
     facts = dict(run=str(run.path), model=str(run.path/"model"), scores=scores)
     return Reply(facts, lines([dict(part=k, **v) for k, v in scores.items()]) + f"\nmodel folder: {facts['model']}")
 
 # %% ../nbs/91_cli.ipynb #4b73f3ef
+def _batch_size(typed):
+    "The number that was typed, or 'auto'"
+    if typed == "auto" or typed.isdecimal() and int(typed): return typed if typed == "auto" else int(typed)
+    raise PhoenixError(f"--batch-size must be a number from 1 or 'auto', got {typed!r}; correct it")
+
+
+def _run_of(folder, certificate, s, how, devices, resume):
+    "A sealed run that trains and packages; its scores"
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.splits import Certificate
+    from phoenix.records import Run
+    manifest, cert = build_manifest(folder), Certificate.load(certificate)
+    run = Run.start("train", s.runs_dir, dict(s.model_dump(mode="json"), folder=folder.name, **how),
+                    synthetic=manifest.synthetic)
+    try:
+        if resume: _take_over(run, resume)
+        scores = _train(run, manifest, cert, s, how, devices)
+    except (Exception, SystemExit) as e: # SystemExit: the process was asked to end, and saved
+        run.fail(f"{type(e).__name__}: {e}", killed=isinstance(e, SystemExit))
+        raise
+    run.seal()
+    return run, scores
+
+# %% ../nbs/91_cli.ipynb #1d428a4d
 def _take_over(run, old):
     "Copy what a resumed training needs into its new run folder, and note its origin"
     from phoenix.records import sha256_file
@@ -414,31 +442,35 @@ def _take_over(run, old):
     run.note_inputs(resumed_run=Path(old).name, resumed_checkpoint=sha256_file(newest))
 
 # %% ../nbs/91_cli.ipynb #eb43841e
-def _train(run, manifest, cert, s, published_split, devices=1, resume=False):
+def _train(run, manifest, cert, s, how, devices=1):
     "Train, score and package inside `run`"
     from phoenix.data.preprocess import Preprocess
     from phoenix.deploy.package import save_package
     from phoenix.evaluate.metrics import scores
-    trained = _trained(run, manifest, cert, s, published_split, devices, resume)
+    trained, published_split = _trained(run, manifest, cert, s, how, devices), how["published_split"]
     found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
                                                                        test=trained.test).items() if len(p.targets)}
     seen = _look(cert, trained.test.rows, trained.test.probs, trained.test.classes, f"{s.model}, seed {s.seed}",
                  who="phoenix train", run=run)
     run.record(**found, looks=seen.number)
     if published_split: run.note_published_split()
-    save_package(run.file("model"), model_name=s.model, model_args=dict(n_classes=len(trained.test.classes)),
+    save_package(run.file("model"), model_name=s.model,
+        model_args=_around(how) | dict(n_classes=len(trained.test.classes)),
         state_dict=trained.learner.model.state_dict(), classes=trained.test.classes,
         preprocess=Preprocess(size=(s.size, s.size)),
         certificate_sha256=cert.sha256, run_hash=run.path.name, metrics=found["test"], threshold=s.threshold,
         synthetic=manifest.synthetic, published=published_split)
     return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
 
+# %% ../nbs/91_cli.ipynb #c0acc182
+def _around(how): return dict(slices=how["slices"]) if how.get("slices", 1) > 1 else {}
 
-def _trained(run, manifest, cert, s, published_split, devices, resume):
+
+def _trained(run, manifest, cert, s, how, devices):
     "The training of the settings, on one device or several"
     from phoenix.train.devices import train_on_devices
     from phoenix.train.learner import train_classifier
-    how = dict(_recipe(s), run_dir=run.path, published_split=published_split, resume=resume)
+    how = dict(_recipe(s), run_dir=run.path) | how
     if s.seconds: how["seconds"] = s.seconds
     if devices == 1: return train_classifier(manifest, cert, **how)
     return train_on_devices(manifest, cert, devices, **how)
@@ -511,7 +543,7 @@ def evaluate(
     from phoenix.evaluate.metrics import scores
     from phoenix.evaluate.statistics import bootstrap
     package, rows = load_package(model), _part(folder, certificate, part)
-    probs, targets = package.probs([Path(folder)/p for p in rows.path], runtime), _targets(package, rows)
+    probs, targets = package.probs(_files(package, folder, rows), runtime), _targets(package, rows)
     if part == "test":
         why = f"{Path(model).parent.name}, {runtime}"
         seen = _look(Certificate.load(certificate), rows, probs, package.classes, why, n=bootstraps,
@@ -539,6 +571,15 @@ def _part(folder, certificate, part):
     if part not in parts: raise PhoenixError(f"The part must be one of {parts}, got {part!r}; name one of them")
     rows = manifest.table[manifest.table.path.map(cert.assignment).eq(part)]
     return rows.assign(group=rows.path.map(cert.groups))
+
+
+def _files(package, folder, rows):
+    "The files of rows as a model takes them: one each, or with the slices around it"
+    slices, paths = package.info["pixels"].get("slices", 1), list(rows.path)
+    if slices == 1: return [Path(folder)/p for p in paths]
+    from phoenix.data.loaders import neighbours
+    around = neighbours(rows, slices)
+    return [tuple(Path(folder)/p for p in around[path]) for path in paths]
 
 
 def _targets(package, rows):
@@ -643,7 +684,7 @@ def parameter_search(
     output_dir:Path=Path("runs/search"), # journal, trials and results; several processes may share it
     trials:int=20, # all together, those of other processes and of earlier calls included
     folds:int=3, # of each trial
-    parameters:str="", # which to search, with commas; the whole space when empty
+    parameters:str="", # which to search, with commas, also average, schedule, mixing, accumulate; the usual when empty
     objectives:str="accuracy", # 'accuracy', 'calibration', 'latency', with commas; two or more give a front
     sampler:str="tpe", # 'tpe', 'random' or 'nsga2'
     model:str="", # network; the setting `model` when empty
@@ -682,10 +723,10 @@ def export(
     from phoenix.deploy.export import check_parity, export_onnx
     from phoenix.deploy.package import add_runtime, load_package
     package = load_package(model)
-    images = package.images([Path(folder)/p for p in _part(folder, certificate, "test").path[:64]])
+    images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
     with tempfile.TemporaryDirectory() as work:
         network = package.model()
-        path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size)
+        path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size, c_in=images.shape[1])
         parity = check_parity(network, path, images)
         if not parity.ok: raise PhoenixError("The ONNX file must equal the network to 1e-4, but differs: "
                                              f"{parity.to_dict()}; report this")
@@ -710,11 +751,12 @@ def quantize(
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")
     train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
-    chosen = train.path.iloc[permutation(len(train), seed, "calibration")[:images]]
+    files = _files(package, folder, train)
+    chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
     with tempfile.TemporaryDirectory() as work:
         float_file, path = Path(model)/"model.onnx", Path(work)/"model.int8.onnx"
-        quantize_int8(float_file, path, package.images([Path(folder)/p for p in chosen]))
-        held_out = package.images([Path(folder)/p for p in test.path])
+        quantize_int8(float_file, path, package.images(chosen))
+        held_out = package.images(_files(package, folder, test))
         parity = certify_int8(float_file, path, held_out, _targets(package, test), test.group.to_numpy())
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))

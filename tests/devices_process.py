@@ -1,4 +1,5 @@
 "What tests/test_devices.py runs: one training on one process, or on two that are forked and meet in gloo"
+import functools
 import os
 import signal
 import traceback
@@ -48,17 +49,26 @@ def job(folder, name, data, **changes):
     return devices.write_job(folder/name, *data, run_dir=folder/name/"run", **(how | changes))
 
 
-def learner(*args, dtype, make=devices.learner_of_job):
-    "The job's learner in a precision"
+class FirstGradient(Callback):
+    "Keep the gradient of the first step, before it is clipped"
+    order = 19
+
+    def __init__(self, path): self.path = path
+    def before_step(self):
+        if not self.path.exists(): torch.save(torch.cat([p.grad.flatten() for g in self.opt.param_lists for p in g]), self.path)
+
+
+def learner(*args, dtype, make=devices.learner_of_job, eps=None, rank=0):
+    "The job's learner in a precision, its optimizer with another epsilon where one is given"
     learn = make(*args)
     learn.model.to(dtype), learn.loss_func.to(dtype)
-    learn.add_cb(Cast())
-    return learn
+    if eps: learn.opt_func = functools.partial(learn.opt_func, eps=eps)
+    return learn.add_cbs([Cast(), FirstGradient(Path(args[0]).with_name(f"gradient{rank}.pt"))])
 
 
-def alone(path, dtype=torch.float64):
+def alone(path, dtype=torch.float64, eps=None):
     "Weights of the job, trained in this process"
-    learn, options = learner(path, dtype=dtype), read_json(path)
+    learn, options = learner(path, dtype=dtype, eps=eps), read_json(path)
     fit(learn, options["epochs"], progress=False, resume=True, **options["options"]["fit"])
     return learn.model.state_dict()
 
@@ -70,9 +80,9 @@ class Kill(Callback):
         if self.epoch == self.at: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _child(path, rank, world, dtype, run, kill_at):
+def _child(path, rank, world, dtype, run, kill_at, eps):
     def make(*args):
-        made = learner(*args, dtype=dtype)
+        made = learner(*args, dtype=dtype, eps=eps, rank=rank)
         if kill_at is not None: made.add_cb(Kill(kill_at))
         return made
     devices.learner_of_job = make
@@ -82,7 +92,7 @@ def _child(path, rank, world, dtype, run, kill_at):
     torch.save(learn.model.state_dict(), path.with_name(f"weights{rank}.pt"))
 
 
-def together(path, world=2, dtype=torch.float64, run=0, kill_at=None):
+def together(path, world=2, dtype=torch.float64, run=0, kill_at=None, eps=None):
     "Weights of the job on each of several forked processes"
     children = []
     for rank in range(world):
@@ -90,7 +100,7 @@ def together(path, world=2, dtype=torch.float64, run=0, kill_at=None):
             code = 1
             try:
                 torch.set_num_threads(1)
-                _child(Path(path), rank, world, dtype, run, kill_at)
+                _child(Path(path), rank, world, dtype, run, kill_at, eps)
                 code = 0
             except BaseException: traceback.print_exc()
             finally: os._exit(code)

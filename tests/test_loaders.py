@@ -1,17 +1,21 @@
 "Loaders: the same batches in any process with any number of workers, and only under a certificate that holds."
 import copy
 import hashlib
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401 (Learner.no_bar)
 import fastai.callback.schedule  # noqa: F401 (Learner.lr_find)
 import fastai.vision.learner  # noqa: F401 (plot_top_losses)
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.interpret import ClassificationInterpretation
@@ -23,9 +27,11 @@ from phoenix.data.acquire import build_manifest
 from phoenix.data.augment import Augment
 from phoenix.data.duplicates import find_pairs
 from phoenix.data.loaders import EpochKeys, KeyedDL, LoaderError, TensorSlice, balanced_order, dl_rows, make_loaders
+from phoenix.data.phantom import make_phantom
 from phoenix.data.preprocess import Preprocess
 from phoenix.data.splits import certify, group_rows, split_grouped, split_published
 from phoenix.keys import seeded
+from phoenix.train.checkpoints import read_checkpoint
 
 PREPROCESS = Preprocess(size=(24, 32))
 CLASSES = ('glioma', 'no_tumor', 'pituitary')
@@ -328,3 +334,134 @@ def test_further_transforms_and_devices(load):
     assert sum(type(t).__name__ == 'KeyedBatch' for t in more.after_batch.fs) == 1
     assert dls.device == dls.train.device and dls.one_batch()[0].device == dls.device
     assert isinstance(dls.train, KeyedDL) and dls.test is dls[2]
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    "A phantom whose table says which head and which place each slice is from, split by patient"
+    base = tmp_path_factory.mktemp("volumes")
+    truth = make_phantom(base/"phantom", patients=24, slices=4, size=48, seed=3)
+    table = pd.DataFrame(truth["images"])[["file", "label", "patient"]]
+    table["series"], table["slice_index"] = table.patient, [r["slice"] for r in truth["images"]]
+    table.to_csv(base/"phantom/manifest.csv", index=False)
+    manifest = build_manifest(base/"phantom", progress=False)
+    pairs = find_pairs(manifest, progress=False)
+    sides = split_grouped(manifest, group_rows(manifest, pairs), fractions=(.5, .25, .25))
+    return base, manifest, certify(manifest, pairs, sides, "grouped"), pairs
+
+
+def test_neighbouring_slices_are_channels(volumes):
+    "The slice in the middle, those of its own volume beside it, in the order of the volume, repeated at the ends"
+    base, manifest, cert, _ = volumes
+    how = dict(cache_dir=base/"cache", batch_size=4, progress=False, device="cpu")
+    one, three, five = (make_loaders(manifest, cert, Preprocess(size=(32, 32)), slices=n, **how) for n in (1, 3, 5))
+    for dl, plain in zip(three, one):
+        rows = dl.dataset.items
+        image = {p: plain.dataset.cache.image(p) for p in rows.path}
+        for i, row in enumerate(rows.itertuples()):
+            volume = rows[rows.series == row.series].assign(k=lambda t: t.slice_index.astype(int)).sort_values("k").path.tolist()
+            k = volume.index(row.path)
+            want = [volume[max(k - 1, 0)], row.path, volume[min(k + 1, len(volume) - 1)]]
+            assert (dl.dataset[i][0].numpy() == np.stack([image[p] for p in want])).all()
+    x, again = three.test.one_batch()[0], next(iter(three.test.new(three.test.dataset.items.iloc[:4])))[0]
+    assert x.shape[1:] == (3, 32, 32) and (x[:4] == again).all() and five.train.one_batch()[0].shape[1] == 5
+    assert (x[:, 1:2] == one.test.one_batch()[0]).all()
+    files = three.test.dataset.around[three.test.dataset.paths[0]]
+    assert (three.test_dl([tuple(manifest.root/f for f in files)]).one_batch()[0][0] == x[0]).all()
+    with pytest.raises(LoaderError, match="as 3 neighbouring slices, got 1"): three.test_dl([manifest.root/files[0]]).one_batch()
+
+
+def test_a_volume_is_never_cut(volumes):
+    "A split that would train on one half of a head and test the other is refused, also where patients are unknown"
+    base, manifest, cert, pairs = volumes
+    rows = pd.read_csv(manifest.root/"manifest.csv").drop(columns="patient")
+    copy = base/"unknown"
+    shutil.copytree(manifest.root, copy)
+    rows.to_csv(copy/"manifest.csv", index=False)
+    unknown = build_manifest(copy, progress=False)
+    sides = pd.Series(cert.assignment)
+    moved = unknown.table.path[unknown.table.path.map(sides).eq("train")].iloc[0]
+    cut = certify(unknown, pairs.iloc[:0], sides.where(sides.index != moved, "test"), "mine")
+    how = dict(cache_dir=base/"cache", batch_size=4, progress=False, device="cpu")
+    assert make_loaders(unknown, cut, Preprocess(size=(32, 32)), **how).train
+    with pytest.raises(LoaderError, match="a volume must be on one side, p00.. is cut in two"):
+        make_loaders(unknown, cut, Preprocess(size=(32, 32)), slices=3, **how)
+
+
+def test_a_network_of_neighbouring_slices_from_training_to_prediction(volumes):
+    "It gets three channels, its choice is written down, and the packaged model sees what the training saw"
+    from phoenix.deploy.package import save_package
+    from phoenix.train.learner import train_classifier
+    base, manifest, cert, _ = volumes
+    size, how = Preprocess(size=(32, 32)), dict(epochs=1, batch_size=8, cache_dir=base/"cache", progress=False, slices=3)
+    trained = train_classifier(manifest, cert, model="neurosnake_tiny_ca", preprocess=size, **how)
+    weights = trained.learner.model.state_dict()
+    assert trained.learner.choices["slices"] == 3 and next(v for v in weights.values() if v.ndim == 4).shape[1] in (3, 1)
+    package = save_package(base/"model", model_name="neurosnake_tiny_ca", model_args=dict(n_classes=4, slices=3),
+                           state_dict=weights, classes=trained.test.classes, preprocess=size, run_hash="none", threshold=0.,
+                           certificate_sha256=cert.sha256, metrics=dict(accuracy=trained.test.accuracy), synthetic=True,
+                           published=False)
+    around = trained.dls.test.dataset.around
+    x = torch.from_numpy(package.images([tuple(manifest.root/f for f in around[p]) for p in trained.test.rows.path]))
+    assert x.shape[1] == 3
+    with torch.no_grad(): assert (package.model()(x) - torch.from_numpy(trained.test.logits)).abs().max() < 1e-5
+
+
+def test_the_batch_that_fits_is_found_once(volumes, monkeypatch):
+    "'auto' is the most whose whole step fits, at most a quarter of the pictures; a resumed training keeps what it found"
+    from phoenix.train import batches
+    from phoenix.train.learner import train_classifier
+    base, manifest, cert, _ = volumes
+    how = dict(model="neurosnake_tiny_ca", preprocess=Preprocess(size=(32, 32)), batch_size="auto", cache_dir=base/"cache",
+               progress=False)
+    plenty = train_classifier(manifest, cert, epochs=1, **how).learner.choices["batch_size"]
+    assert plenty == list(cert.assignment.values()).count("train")//4
+    need = batches.step_bytes(train_classifier(manifest, cert, epochs=1, **how | dict(batch_size=4)).learner, 4)
+    monkeypatch.setattr(batches, "_free_bytes", lambda device: need/.8 + 1)
+    first = train_classifier(manifest, cert, epochs=1, run_dir=base/"auto", **how)
+    assert first.learner.choices["batch_size"] == 4 < plenty
+    monkeypatch.setattr(batches, "_free_bytes", lambda device: 2**40)
+    again = train_classifier(manifest, cert, epochs=1, run_dir=base/"auto", resume=True, **how)
+    assert again.learner.choices["batch_size"] == 4 and (again.test.logits == first.test.logits).all()
+
+
+def typed(base, *words):
+    "What a command answers, as it is typed"
+    from typer.testing import CliRunner
+    from phoenix.cli import app
+    env = dict(PHOENIX_THREADS="1", PHOENIX_RUNS_DIR=str(base/"runs"), PHOENIX_CACHE_DIR=str(base/"cache"))
+    return CliRunner().invoke(app, [*map(str, words), "--json"], env=env)
+
+
+def test_options_of_phoenix_train_are_refused_in_one_sentence(volumes):
+    "Before anything is trained; the run says that it failed and why"
+    base, manifest, cert, _ = volumes
+    cert.save(base/"split.json")
+    start = ["train", manifest.root, base/"split.json", "--model", "neurosnake_tiny_ca", "--size", 32, "--epochs", 1]
+    for words, why in ((["--batch-size", "many"], "must be a number from 1 or 'auto', got 'many'"),
+                       (["--mixing", "cutmx"], "did you mean 'cutmix'"), (["--slices", 2], "slices must be odd"),
+                       (["--average", "swa", "--seconds", 5], "give epochs alone"),
+                       (["--sam", .05, "--accumulate", 2], "leave out sam or accumulate"),
+                       (["--devices", 2, "--mixing", "mixup"], "must see the whole batch")):
+        done = typed(base, *start, *words)
+        assert done.exit_code == 2 and why in json.loads(done.stdout)["error"], done.stdout
+
+
+@pytest.mark.slow
+def test_every_option_of_phoenix_train_by_its_flag(volumes):
+    "Three slices, the batch that fits, several options at once; resumed, exported, quantised and scored"
+    base, manifest, cert, _ = volumes
+    cert.save(base/"split.json")
+    words = ["train", manifest.root, base/"split.json", "--model", "neurosnake_tiny_ca", "--size", 32, "--epochs", 2,
+             "--slices", 3, "--batch-size", "auto", "--average", "swa", "--swa-start", .5, "--mixing", "mixup",
+             "--precision", "bf16", "--accumulate", 2, "--weights", "balanced", "--loss", "focal", "--opt", "adamw"]
+    first = json.loads(typed(base, *words).stdout)
+    again = json.loads(typed(base, *words, "--resume", first["run"]).stdout)
+    assert again["scores"] == first["scores"]
+    state = read_checkpoint(Path(first["run"])/"checkpoints/last.safetensors").state["plan"]
+    assert [state[k] for k in ("slices", "batch_size", "average", "schedule", "mixing", "precision", "accumulate", "opt",
+                               "loss")] == [3, 12, "swa", "hold", "mixup", "bf16", 2, "adamw", "Focal"]
+    place = first["model"], manifest.root, base/"split.json"
+    assert typed(base, "export", *place).exit_code == 0 and typed(base, "quantize", *place, "--images", 24).exit_code in (0, 1)
+    found = json.loads(typed(base, "evaluate", *place, "--runtime", "fp32").stdout)
+    assert found["accuracy"] == pytest.approx(first["scores"]["test"]["accuracy"])

@@ -208,6 +208,15 @@ def test_a_swapped_fold(made, tmp_path):
     reasons(cert, root, f"{table.file[one]} has label and fold")
 
 
+def test_no_validation_folds_means_none(made):
+    "An empty choice trains on all that is not tested; without a choice the last of them validates"
+    manifest, pairs = made["folds"]
+    usual, without = (make_split(manifest, pairs, rule="author", **kw) for kw in ({}, dict(valid_folds=())))
+    assert usual.paths("valid") and not without.paths("valid") and without.parameters["valid_folds"] == []
+    assert set(without.paths("train")) >= {*usual.paths("train"), *usual.paths("valid")}
+    assert verify_certificate(without, manifest.root).ok
+
+
 def test_a_swapped_fold_in_the_certificate(made):
     manifest, pairs = made["folds"]
     cert = make_split(manifest, pairs, rule="author")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training_process import digest, everything, toy
+from training_process import OPTIONS, digest, everything, toy
 
 PROCESS = Path(__file__).with_name("training_process.py")
 
@@ -97,6 +97,39 @@ def test_25_kill_points_over_a_fold_boundary(workers, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"ema"}))
+def test_kill_points_of_options(name, tmp_path):
+    "Accumulation, one cycle, plateau, equal means, half precision, mixtures and sharpness-aware steps, killed by SIGKILL"
+    assert run("kills", tmp_path, 14, 0, 5, name, timeout=3000)[:2] == ["killed", "14"]
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_options_resume_to_the_same_bytes(name, tmp_path):
+    "Broken off in training and in validation, and asked to end in a validation, where an equal mean has its point already"
+    from fastai.callback.core import Callback
+    from phoenix.train.learner import fit
+    how, plan = OPTIONS[name]
+
+    class Stop(Callback):
+        order = 99
+        def __init__(self, place): self.place = place
+        def before_batch(self):
+            if (self.epoch, self.iter, self.training) != self.place[:3]: return
+            if self.place[3] == "breaks": raise KeyboardInterrupt
+            self.checkpoint_writer.asked.append(signal.SIGTERM)
+
+    def go(folder, stop=None, resume=False):
+        learn = toy(folder, shuffle=True, **how)
+        if stop: learn.add_cb(Stop(stop))
+        history = fit(learn, 4, lr=.01, warmup_epochs=1, resume=resume, save_seconds=1e-9, progress=False, **plan)
+        return everything(learn, history)
+    straight = go(None)
+    for i, stop in enumerate([(1, 4, True, "breaks"), (2, 1, False, "breaks"), (2, 0, False, "asks")]):
+        with pytest.raises((KeyboardInterrupt, SystemExit)): go(tmp_path/str(i), stop)
+        assert go(tmp_path/str(i), resume=True) == straight, stop
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_kill_points_of_a_classifier(workers, tmp_path):
     "The real loader with augmentation, killed at four moments"
@@ -115,7 +148,7 @@ def test_another_configuration_is_refused_by_its_name(tmp_path):
         for k, v in kw.pop("choices", {}).items(): learn.choices[k] = v
         return learn, kw
     for name, kw in (("seed was 42 and is 43", dict(learner=dict(seed=43))),
-                     ("ema was 0.0 and is 0.9", dict(learner=dict(ema=.9))),
+                     ("average was none and is ema", dict(learner=dict(average="ema"))),
                      ("opt was adan and is adamw", dict(learner=dict(opt="adamw"))),
                      ("certificate was None and is abc", dict(choices=dict(certificate="abc"))),
                      ("lr was 0.001 and is 0.5", dict(lr=.5)), ("warmup_epochs was 5 and is 2", dict(warmup_epochs=2))):
@@ -163,7 +196,7 @@ def test_a_damaged_newest_generation_is_passed_over_and_said(tmp_path, capsys):
     class Stop(Callback):
         def before_epoch(self):
             if self.epoch == 3: raise KeyboardInterrupt
-    whole, first, second = (toy(p, ema=.9) for p in (None, tmp_path, tmp_path))
+    whole, first, second = (toy(p, average="ema", ema_decay=.9) for p in (None, tmp_path, tmp_path))
     straight = everything(whole, fit(whole, 4, lr=.01, progress=False))
     first.add_cb(Stop())
     with pytest.raises(KeyboardInterrupt): fit(first, 4, lr=.01, progress=False)
@@ -202,7 +235,7 @@ def test_an_accumulated_gradient_is_never_cut_in_two(stop, tmp_path):
         order = 99
         def before_batch(self):
             if (self.epoch, self.iter) == stop: raise KeyboardInterrupt
-    whole, first, second = (toy(p, ema=.9) for p in (None, tmp_path, tmp_path))
+    whole, first, second = (toy(p, average="ema", ema_decay=.9) for p in (None, tmp_path, tmp_path))
     for learn in (whole, first, second): learn.add_cb(Three())
     straight = everything(whole, fit(whole, 3, lr=.01, progress=False))
     first.add_cb(Stop())

@@ -40,9 +40,11 @@ def toy(folder=None, slow=0., workers=0, fold=0, shuffle=False, **kw):
     y = torch.arange(200) % 4
     x = 2 * torch.eye(8)[:4][y] + torch.randn(200, 8, generator=torch_generator(1, "toy"))
     if fold: x, y = x.roll(80, 0), y.roll(80)
+    x = x.view(-1, 1, 2, 4) # images, for what mixes them
     sets = TensorDataset(x[:120], y[:120]), TensorDataset(x[120:], y[120:])
     with seeded(kw.get("seed", 42)):
-        net = nn.Sequential(Wait(slow), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3), nn.Linear(16, 4))
+        net = nn.Sequential(Wait(slow), nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.3),
+                            nn.Linear(16, 4))
     dls = DataLoaders(*(DataLoader(s, bs=16, num_workers=workers, shuffle=shuffle and s is sets[0]) for s in sets),
                       device="cpu")
     return make_learner(dls, net, loss=CrossEntropy(temperature=True), run_dir=folder, **kw)
@@ -58,7 +60,7 @@ def everything(learn, history):
     "sha256 of weights, buffers, average, moments and metrics: all but the seconds"
     state = learn.opt.state_dict()
     tensors = [v for _, s in sorted(state["state"].items()) for _, v in sorted(s.items()) if torch.is_tensor(v)]
-    tensors += learn.average_weights.average.state_dict().values() if hasattr(learn, "average_weights") else []
+    tensors += learn.weight_average.average.state_dict().values() if hasattr(learn, "weight_average") else []
     rows = [{k: v for k, v in r.items() if k != "seconds"} for r in history.rows]
     plain = json.dumps([rows, history.best["epoch"], history.stopped, state["param_groups"]])
     whole = digest(learn).encode() + plain.encode() + b"".join(t.numpy().tobytes() for t in tensors)
@@ -145,15 +147,23 @@ class Moments:
         return Loop
 
 
-def two_folds(folder, resume, workers=0, every=0., kill=0):
+OPTIONS = dict(ema=(dict(average="ema", ema_decay=.9), {}),
+               accumulated=(dict(average="ema", ema_decay=.9, accumulate=3, mixing="mixup"), dict(schedule="one_cycle")),
+               equal=(dict(average="swa", swa_start=.31, precision="bf16"), {}),
+               halves=(dict(precision="fp16", accumulate=2, mixing="cutmix", average="swa", swa_start=.31),
+                       dict(schedule="plateau", plateau_patience=1, min_delta=9.)),
+               sharp=(dict(sam=.05, opt="sgd"), dict(schedule="hold"))) # of `make_learner`, and of `fit`
+
+
+def two_folds(folder, resume, workers=0, every=0., kill=0, name="ema"):
     "Two folds of the toy, each resumed where it was; their digest, and the moments that were counted"
     from phoenix.train.learner import fit
     moments, out = Moments(kill), []
     loop = moments.install()
     for fold in (0, 1):
-        learn = toy(Path(folder)/f"fold{fold}", workers=workers, fold=fold, shuffle=True, ema=.9)
+        learn = toy(Path(folder)/f"fold{fold}", workers=workers, fold=fold, shuffle=True, **OPTIONS[name][0])
         learn.add_cb(loop())
-        history = fit(learn, 3, lr=.01, warmup_epochs=1, resume=resume, save_seconds=every, progress=False)
+        history = fit(learn, 3, lr=.01, warmup_epochs=1, resume=resume, save_seconds=every, progress=False, **OPTIONS[name][1])
         out.append(everything(learn, history))
         moments("between folds")
     return ("-".join(out), moments)
@@ -175,17 +185,17 @@ def forked(f, *args):
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else text
 
 
-def kills(folder, points, workers, seed):
+def kills(folder, points, workers, seed, name="ema"):
     "Kill two folds at moments drawn from a seed, once or twice, resume, and compare every byte"
     import random
     import phoenix.train.learner  # noqa: F401 (once, for all the forked processes)
     folder, workers, draw = Path(folder), int(workers), random.Random(int(seed))
     straight, moments = {}, {}
     for every in (0., 1e-9):
-        def whole(): return two_folds(folder/f"whole{every}", False, workers, every)
+        def whole(): return two_folds(folder/f"whole{every}", False, workers, every, 0, name)
         counted = forked(lambda: "\n".join([(w := whole())[0], *w[1].names]))
         straight[every], *moments[every] = counted.split("\n")
-    assert len(set(straight.values())) == 1, straight
+    assert len(set(straight.values())) == 1 and all(moments.values()), straight
     hit, kinds = [], sorted({n for names in moments.values() for n in names})
     draw.shuffle(kinds) # every kind of moment has its turn, at an occurrence that is drawn; the worst one first
     kinds.sort(key=lambda n: n != "half of a checkpoint")
@@ -194,12 +204,12 @@ def kills(folder, points, workers, seed):
         at = draw.choice([i for i, n in enumerate(moments[every], 1) if n == kind])
         place, again = folder/f"kill{k}", draw.random() < .3
         hit.append(kind)
-        got = forked(lambda: two_folds(place, False, workers, every, at)[0])
+        got = forked(lambda: two_folds(place, False, workers, every, at, name)[0])
         assert got == -signal.SIGKILL, (at, got)
         if again: # the resumed one is killed too, wherever that is; it may have ended before
             at = draw.randint(1, len(moments[every]))
-            got = forked(lambda: two_folds(place, True, workers, every, at)[0])
-        got = forked(lambda: two_folds(place, True, workers, every)[0])
+            got = forked(lambda: two_folds(place, True, workers, every, at, name)[0])
+        got = forked(lambda: two_folds(place, True, workers, every, 0, name)[0])
         assert got == straight[every], f"kill {k} at moment {at} ({hit[-1]}): {got} is not {straight[every]}"
     print("killed", len(hit), "kinds", len(set(hit)), *sorted({h.replace(" ", "_") for h in hit}))
 
@@ -282,7 +292,7 @@ def classifier_killed(folder, workers, points, seed):
             return learn
         with_moments.__signature__ = __import__("inspect").signature(make)
         learner.make_learner = with_moments
-        t = of_phantom(folder/"phantom", folder/"cache", int(workers), run_dir=folder/run, resume=resume, ema=.9,
+        t = of_phantom(folder/"phantom", folder/"cache", int(workers), run_dir=folder/run, resume=resume, average="ema", ema_decay=.9,
                        save_seconds=1e-9)
         return everything(t.learner, t.history), moments.n
     straight, n = forked(lambda: " ".join(map(str, one("whole", False)))).split()
@@ -310,7 +320,7 @@ def worker_killed(folder):
                 time.sleep(.2)
 
     def go(place, resume, *cbs):
-        learn = toy(place and Path(folder)/place, workers=2, ema=.9)
+        learn = toy(place and Path(folder)/place, workers=2, average="ema", ema_decay=.9)
         for cb in cbs: learn.add_cb(cb)
         try: return everything(learn, fit(learn, 4, lr=.01, resume=resume, progress=False))
         except TrainError as e: return f"TrainError: {e}"
@@ -329,7 +339,7 @@ def terminated(folder):
     place = Path(folder)/"run"
 
     def go(run, resume, slow=0.):
-        learn = toy(run, slow, workers=2, ema=.9)
+        learn = toy(run, slow, workers=2, average="ema", ema_decay=.9)
         return everything(learn, fit(learn, 4, lr=.01, resume=resume, progress=False))
 
     def send():

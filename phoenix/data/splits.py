@@ -436,7 +436,7 @@ def make_split(
     n:int=5, # of rule 'folds': how many
     fold:int=0, # of rule 'folds': the one that is tested
     test_folds:Iterable[int]=(4,), # of rule 'author'
-    valid_folds:Iterable[int]|None=None, # of rule 'author'; the largest fold that is not tested when None
+    valid_folds:Iterable[int]|None=None, # of rule 'author'; the largest that is not tested when None, none when empty
     valid:float=.15, # of rule 'published': share of Training
     seed:int=42, # of the rules that draw
 )->Certificate: # of the split
@@ -449,7 +449,8 @@ def make_split(
     options = choices[rule]
     if rule in ("author", "column"):
         rest = sorted(set(manifest.table.fold.dropna().astype(int)) - set(test_folds))
-        options = dict(test_folds=sorted(test_folds), valid_folds=sorted(valid_folds or rest[-1:]))
+        valids = rest[-1:] if valid_folds is None else valid_folds
+        options = dict(test_folds=sorted(test_folds), valid_folds=sorted(valids))
         rule = "column"
     side = _remake(manifest, pairs, rule, options)
     if rule == "column": side, _ = drop_crossings(manifest, pairs, side)

@@ -375,16 +375,16 @@ def softmax(
 # %% ../../nbs/50_deploy.package.ipynb #2e6de336
 @patch
 def images(self:Package,
-    paths:Sequence[str|Path], # pictures that can be read
+    paths:Sequence[str|Path|tuple], # pictures that can be read; a tuple of neighbouring slices each, where trained so
 )->np.ndarray: # (N,C,h,w) float32 in [0,1]
     "Pictures as the network takes them: the training's own preprocessing, divided by 255"
-    slices = self.info["pixels"].get("slices", 1)
-    if slices > 1:
-        raise PackageError(f"This model must be given {slices} neighbouring slices together, got single pictures; "
-                           "prepare stacks and pass them to logits")
-    made = [self.preprocess(read_pixels(Path(p)).grey) for p in paths]
-    x = np.stack(made)[:, None].astype(np.float32)/np.float32(255)
-    return np.repeat(x, self.info["pixels"]["channels"], axis=1)
+    slices, stacks = self.info["pixels"].get("slices", 1), [p if isinstance(p, (tuple, list)) else (p,) for p in paths]
+    if odd := [len(s) for s in stacks if len(s) != slices]:
+        raise PackageError(f"This model must be given {slices} neighbouring slices together, got {odd[0]}; pass each "
+                           f"picture as a tuple of {slices} paths in the order of the volume")
+    made = [np.stack([self.preprocess(read_pixels(Path(p)).grey) for p in s]) for s in stacks]
+    x = np.stack(made).astype(np.float32)/np.float32(255)
+    return np.repeat(x, self.info["pixels"]["channels"]//slices, axis=1)
 
 
 @patch
@@ -403,9 +403,10 @@ def logits(self:Package,
 
 # %% ../../nbs/50_deploy.package.ipynb #adc7f4c9
 def _read(package, path):
-    "A picture as (path, image, '') or (path, None, what is wrong with it)"
-    try: return path, package.images([path]), ""
-    except (PhoenixError, OSError) as e: return path, None, str(e)
+    "A picture as (path, image, '') or (path, None, what is wrong with it); of a stack the path in the middle"
+    middle = Path(path[len(path)//2] if isinstance(path, (tuple, list)) else path)
+    try: return middle, package.images([path]), ""
+    except (PhoenixError, OSError) as e: return middle, None, str(e)
 
 
 def _answer(path, probs, classes, threshold):
@@ -430,7 +431,7 @@ def predict(self:Package,
     self.session(runtime, threads)
     threshold, answers = self.threshold if threshold is None else threshold, []
     for start in range(0, len(paths), batch_size):
-        batch = [_read(self, Path(p)) for p in paths[start:start + batch_size]]
+        batch = [_read(self, p) for p in paths[start:start + batch_size]]
         ready = [x for _, x, _ in batch if x is not None]
         probs = iter(softmax(self.logits(np.concatenate(ready), runtime, threads)) if ready else ())
         answers += [Answer(p, None, {}, True, why) if x is None else _answer(p, next(probs), self.classes, threshold)

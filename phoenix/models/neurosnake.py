@@ -74,7 +74,8 @@ class StraightConv(nn.Module):
     ):
         super().__init__()
         w, K = width or c_out, kernel_size
-        shapes = [(3,3), (1,K), (K,1)] if lines else [(3,3)]
+        if K<1: raise PhoenixError(f"kernel_size must be 1 or more, got {K}: 9 is usual.")
+        self.even, shapes = lines and K%2==0, [(3,3), (1,K), (K,1)] if lines else [(3,3)]
         self.branches = nn.ModuleList([nn.Conv2d(c_in, w, s, padding=(s[0]//2,s[1]//2), bias=False) for s in shapes])
         self.norm, self.fuse = nn.BatchNorm2d(w*len(shapes)), nn.Conv2d(w*len(shapes), c_out, 1, bias=False)
 
@@ -82,7 +83,9 @@ class StraightConv(nn.Module):
         x:Tensor, # `(B,c_in,H,W)`
     )->Tensor: # `(B,c_out,H,W)`
         "Branches, norm, ReLU, fusion"
-        return self.fuse(F.relu(self.norm(torch.cat([b(x) for b in self.branches], 1))))
+        outs = [b(x) for b in self.branches]
+        if self.even: outs = [o[...,:x.shape[2],:x.shape[3]] for o in outs] # an even line reaches one pixel less ahead
+        return self.fuse(F.relu(self.norm(torch.cat(outs, 1))))
 
 # %% ../../nbs/22_models.neurosnake.ipynb #eb07433d
 KINDS = ('snake', 'plain', 'local')

@@ -29,11 +29,22 @@ class TimmClassifier(Classifier):
         if c_in!=len(mean): mean, std = [sum(o)/len(o) for o in (mean, std)]
         self.normalise = Normalise(mean, std)
 
+    def prepared(self,
+        x:Tensor, # `(B,C,H,W)` in [0, 1]
+    )->Tensor: # the same, normalised
+        "What the backbone takes; a transformer takes pictures of one size alone"
+        patches = getattr(self.backbone, 'patch_embed', None)
+        size, got = getattr(patches, 'img_size', None), tuple(x.shape[-2:])
+        if size and getattr(patches, 'strict_img_size', False) and got!=tuple(size):
+            raise PhoenixError(f"pictures must be {tuple(size)}, the size this transformer was built for, got {got}: "
+                               f"resize them, or build it with img_size={got}.")
+        return self.normalise(x)
+
     def features(self,
         x:Tensor, # `(B,C,H,W)` in [0, 1]
     )->Tensor: # `(B,c,h,w)`, or `(B,tokens,c)` of a transformer
         "Features before pooling"
-        return self.backbone.forward_features(self.normalise(x))
+        return self.backbone.forward_features(self.prepared(x))
 
     def embedding(self,
         x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -45,7 +56,7 @@ class TimmClassifier(Classifier):
         x:Tensor, # `(B,C,H,W)` in [0, 1]
     )->Tensor: # `(B,K)` logits
         "Logits of a batch of images"
-        return self.backbone(self.normalise(x))
+        return self.backbone(self.prepared(x))
 
     def depth_groups(self
     )->list[list[str]]: # names of parameters, from the input to the logits

@@ -1,4 +1,4 @@
-"""The mean of the weights along a training, exponential (EMA) or equal (SWA), by PyTorch's `AveragedModel`, as a callback that validates on the mean and can be saved.
+"""The mean of the weights along a training, exponential (EMA) or equal (SWA), by PyTorch's `AveragedModel`, as one callback whose mean is what is validated, kept and saved.
 
 Docs: https://phoenix-mri.github.io/phoenix/train.averaging.html.md"""
 
@@ -13,81 +13,117 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
-from ..keys import preserve_rng
+from ..keys import seed64, seeded
 from ..settings import PhoenixError
 import phoenix.train.optimizers # noqa: F401 (it loads fastai without its warnings)
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 
 # %% ../../nbs/31b_train.averaging.ipynb #fb068bc9
 class AverageError(PhoenixError):
     "Weights that cannot be averaged as asked"
 
 
+def _young(decay):
+    "PyTorch's exponential rule, with less of the old mean while it is young"
+    def move(mine, theirs, n): get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(mine, theirs, n)
+    return move
+
+
 def averaged_model(
     model:nn.Module, # its weights are the first of the mean
     *,
     kind:str='ema', # 'ema' (exponential) or 'swa' (equal)
-    decay:float=.999, # share of the old mean that each step keeps, for 'ema'
+    decay:float=.999, # share of the old mean that each step keeps, once it is old, for 'ema'
 )->AveragedModel: # PyTorch's; `update_parameters(model)` takes one more
     "A copy of the network that holds the mean of its weights"
     if kind not in ('ema', 'swa') or not 0 <= decay < 1:
-        raise AverageError(f"kind must be 'ema' or 'swa' and decay lie in [0, 1), got {kind!r} and {decay}")
-    rule = get_ema_multi_avg_fn(decay) if kind == 'ema' else get_swa_multi_avg_fn()
-    return AveragedModel(model, multi_avg_fn=rule).requires_grad_(False)
+        raise AverageError("kind must be 'ema' or 'swa' and decay lie in [0, 1), where 0.999 is usual, got "
+                           f'{kind!r} and {decay}')
+    rule = _young(decay) if kind == 'ema' else get_swa_multi_avg_fn()
+    return AveragedModel(model, multi_avg_fn=rule, use_buffers=kind == 'ema').requires_grad_(False)
 
 # %% ../../nbs/31b_train.averaging.ipynb #26bc4abf
 def refresh_norms(
     model:nn.Module, # its running averages are replaced
     batches:Iterable, # batches `(x, …)` of training data
+    key:int=0, # of what is drawn meanwhile
 )->nn.Module: # the same model
     "Measure the running averages of batch normalisation anew, as the mean over all batches"
-    with preserve_rng():
+    with seeded(key):
         update_bn((b[0].as_subclass(Tensor) for b in batches), model, next(model.parameters()).device)
     return model
 
 # %% ../../nbs/31b_train.averaging.ipynb #261662a4
 class WeightAverage(Callback):
     "Keep the mean of the weights, validate on it, and leave it to what keeps the best weights"
-    order = 75
+    order, running = 75, False
     def __init__(self,
         kind:str='ema', # 'ema' (after every step) or 'swa' (after every epoch of the last stretch)
         *,
-        decay:float=.999, # share of the old mean that each step keeps, for 'ema'
+        decay:float=.999, # share of the old mean that each step keeps, once it is old, for 'ema'
         start:float=0., # share of the epochs after which averaging begins
     ):
         averaged_model(nn.Identity(), kind=kind, decay=decay)
         if not 0 <= start < 1: raise AverageError(f'start must lie in [0, 1), got {start}: 0.75 is usual for swa')
-        self.kind, self.decay, self.start, self.average, self.raw, self.loaded = kind, decay, start, None, None, None
+        self.kind, self.decay, self.start, self.average, self.loaded = kind, decay, start, None, None
+
+    def before_fit(self):
+        self.average = averaged_model(self.learn.model, kind=self.kind, decay=self.decay)
+        self.running, self.taken, self.raw, self.learn.averaged = True, -1, None, None
+        if self.loaded is not None: self.restore(self.loaded)
+        self.loaded = None
 
     @property
     def begun(self): return self.epoch >= self.start * self.n_epoch
-    def before_fit(self):
-        if hasattr(self.learn, 'averaged'):
-            raise AverageError('WeightAverage needs a plain fastai Learner, a KeyedLearner averages by itself: '
-                               'pass ema=0.999 to make_learner')
-        self.average, self.raw = averaged_model(self.learn.model, kind=self.kind, decay=self.decay), None
-        if self.loaded is not None: self.average.load_state_dict(self.loaded)
+    def take(self):
+        "One more point of the mean"
+        self.average.update_parameters(self.learn.model)
+        self.learn.averaged, self.taken = self.average.module, self.epoch
 
     def after_step(self):
-        if self.kind == 'ema' and self.begun: self.average.update_parameters(self.learn.model)
+        if self.kind == 'ema' and self.begun: self.take()
 
-    def before_validate(self):
-        if not self.begun: return
-        if self.kind == 'swa': self.average.update_parameters(self.learn.model)
-        self.raw = _swap(self.learn.model, self.average.module)
-        if self.kind == 'swa': refresh_norms(self.learn.model, self.dls.train)
+    def after_train(self):
+        if self.kind == 'ema' or not self.begun or self.taken == self.epoch: return
+        self.take()
+        key = seed64(getattr(self.learn, 'seed', 0), 'average.norms', self.epoch)
+        refresh_norms(self.average.module, self.dls.train, key)
 
-    def after_epoch(self):
-        if self.raw is not None: self.learn.model.load_state_dict(self.raw)
-        self.raw = None
-
-    after_cancel_epoch = after_cancel_fit = after_epoch
-    def state_dict(self): return {k: v.clone() for k, v in self.average.state_dict().items()}
-    def load_state_dict(self, state): self.loaded = dict(state)
+    def after_fit(self): self.running, self.learn.averaged = False, None
 
 # %% ../../nbs/31b_train.averaging.ipynb #df35deb5
-def _swap(model, other):
-    "Give a model another's weights and buffers; returns a copy of its own"
-    kept = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    model.load_state_dict(other.state_dict())
-    return kept
+@patch
+def state_dict(self:WeightAverage)->dict: # the mean by name, how many points it has, and the epoch of the last one
+    "What a checkpoint stores"
+    return dict(self.average.state_dict(), taken=self.taken)
+
+
+@patch
+def restore(self:WeightAverage, state:dict)->None:
+    "Put a mean back into the running fit"
+    self.taken = state['taken']
+    self.average.load_state_dict({k: v for k, v in state.items() if k != 'taken'})
+    if self.average.n_averaged: self.learn.averaged = self.average.module
+
+
+@patch
+def load_state_dict(self:WeightAverage, state:dict)->None:
+    "Go on with a mean: at once in a fit that runs, else in the next one"
+    if self.running: self.restore(state)
+    else: self.loaded = dict(state)
+
+# %% ../../nbs/31b_train.averaging.ipynb #c4dfa63e
+@patch
+def before_validate(self:WeightAverage):
+    if hasattr(type(self.learn), 'scored') or getattr(self.learn, 'averaged', None) is None: return
+    self.raw, self.learn.model = self.learn.model, self.learn.averaged.eval()
+
+
+@patch
+def after_epoch(self:WeightAverage):
+    if self.raw is not None: self.learn.model = self.raw
+    self.raw = None
+
+
+WeightAverage.after_cancel_epoch = WeightAverage.after_cancel_fit = WeightAverage.after_epoch

@@ -52,8 +52,14 @@ class Accumulate(Callback):
         if getattr(self.loss_func, 'reduction', 'mean') != 'mean':
             raise BatchError(f"accumulation needs a loss with reduction 'mean', got {self.loss_func.reduction!r}")
 
+    def total(self):
+        "What the mean of this batch's loss divides by"
+        mixed = getattr(getattr(self.learn, 'mix', None), 'total', None) # set by `Mix`, where labels weigh
+        if mixed is not None: return mixed
+        return self.loss_func.total(*self.yb) if hasattr(self.loss_func, 'total') else len(self.yb[0])
+
     def after_loss(self):
-        total = self.loss_func.total(*self.yb) if hasattr(self.loss_func, 'total') else len(self.yb[0])
+        total = self.total()
         self.learn.loss_grad = self.loss_grad * total
         self.pending, self.weight = self.pending + 1, self.weight + total
 
@@ -65,7 +71,8 @@ class Accumulate(Callback):
 
 # %% ../../nbs/31c_train.batches.ipynb #1a29dad3
 class HalfPrecision(MixedPrecision):
-    "fastai's mixed precision, on the device that the network is on"
+    "fastai's mixed precision in training, on the device that the network is on"
+    run_valid = False
     def __init__(self,
         precision:str='bf16', # 'bf16' or 'fp16'
         **kwargs # of `GradScaler`, for 'fp16'
@@ -80,11 +87,15 @@ class HalfPrecision(MixedPrecision):
         self.learn.scaler, self.scales = GradScaler(device, **{**self.kwargs, 'enabled': half}), L()
 
     def before_batch(self): self.autocast.__enter__(); self.entered = True
-    def after_loss(self):
+    def leave(self):
+        "Back to single precision, wherever the batch was broken off"
         if self.entered: self.autocast.__exit__(None, None, None)
         self.entered = False
 
-    after_cancel_batch = after_cancel_fit = after_loss
+    after_loss = after_cancel_batch = after_cancel_fit = leave
+    def state_dict(self): return self.learn.scaler.state_dict()
+    def load_state_dict(self, state):
+        if state: self.learn.scaler.load_state_dict(state)
 
 # %% ../../nbs/31c_train.batches.ipynb #cbdbe5da
 class LossStats(Callback):
@@ -139,7 +150,12 @@ class PeakBytes(TorchDispatchMode):
     def see(self,
         x:Tensor, # a result of an operation
     )->None:
-        "Count the storage of a tensor once, until it is freed"
+        "Count the storage of a tensor once, until it is freed; of a sparse one those of its parts"
+        if x.layout is not torch.strided:
+            csr = x.layout is torch.sparse_csr
+            parts = (x.crow_indices(), x.col_indices(), x.values()) if csr else (x._indices(), x._values())
+            for part in parts: self.see(part)
+            return
         storage = x.untyped_storage()
         if (key := storage._cdata) in self.alive: return
         self.alive[key] = weakref.finalize(storage, self.free, key, storage.nbytes())

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .learner import KeyedLearner, Trained, TrainError, fit, make_learner, make_loss, predict
 from fastai.callback.core import Callback
-from fastai.callback.training import GradientAccumulation
 from ..data.acquire import Manifest
 from ..data.augment import Augment
 from ..data.loaders import KeyedDL, SliceLoaders, build_cache, make_loaders
@@ -95,9 +94,10 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
         var, mean = _Averaged.apply(centred.square().mean(dims)), _Averaged.apply(mean.detach())
         n = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (n/(n - 1)), self.momentum)
             self.num_batches_tracked += 1
+            new = self.momentum if self.momentum is not None else 1/int(self.num_batches_tracked) # None: a plain mean
+            self.running_mean.lerp_(mean, new)
+            self.running_var.lerp_(var * (n/(n - 1)), new)
         return centred * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
 
 # %% ../../nbs/36_train.devices.ipynb #62a41025
@@ -140,7 +140,9 @@ class Parallel(Callback):
     def after_train(self): self.learn.model = self.plain
 
     def after_loss(self):
-        if self.training: self.learn.loss_grad = self.learn.loss_grad * self.weight_share()
+        if not self.training: return
+        self.share = self.weight_share()
+        if not hasattr(self.learn, 'accumulate'): self.learn.loss_grad = self.learn.loss_grad * self.share
 
     def weight_share(self):
         "This share's part of the batch's class weights, times the processes; 1 where classes do not weigh"
@@ -151,9 +153,11 @@ class Parallel(Callback):
     def before_step(self):
         for p in self.loss_func.parameters():
             if p.grad is not None: p.grad.copy_(_mean(p.grad))
+        waits = getattr(self.learn, 'accumulate', None) # its divisor is that of all processes
+        if waits is not None and torch.is_tensor(waits.weight): waits.weight = _mean(waits.weight)
 
     def after_batch(self):
-        if self.training: self.learn.loss = _mean(self.learn.loss_grad.detach())
+        if self.training: self.learn.loss = _mean(self.learn.loss.detach() * self.share)
 
 # %% ../../nbs/36_train.devices.ipynb #2b536be8
 def _mean(x):
@@ -210,6 +214,9 @@ def _sorted_options(options):
                               'wait for ever for another; leave seconds out')
         if k not in every:
             raise DeviceError(f'an option must be one of {", ".join(sorted(every))}, got {k!r}{did_you_mean(k, every)}')
+    if odd := [k for k in ('mixing', 'sam') if options.get(k, 'none') not in ('none', 0)]:
+        raise DeviceError(f'{" and ".join(odd)} must see the whole batch, and each device has a share of it: leave out '
+                          f'{" and ".join(odd)}, or train on one device')
     return {name: {k: v for k, v in options.items() if k in names} for name, names in known.items()}
 
 # %% ../../nbs/36_train.devices.ipynb #0c391a62
@@ -226,17 +233,18 @@ def write_job(
     epochs:int=50, # passes over the training images, at most
     seed:int=42, # key of weights, order, augmentation and dropout
     batch_size:int=32, # images per step, of all devices together
-    accumulate:int=1, # steps whose gradients are added up before the weights change
     cache_dir:Path=Path('data/cache'), # preprocessed images
     loss:str='cross_entropy', # or 'focal'
     **options # of `make_loaders`, `make_learner`, `fit` and `make_loss`
 )->Path: # job.json
     "Write down a training for workers to read"
     folder = Path(folder)
+    if not isinstance(batch_size, int):
+        raise DeviceError(f'several devices need a number of pictures per step, got {batch_size!r}: name one')
     manifest.save(folder/'manifest.json'), certificate.save(folder/'certificate.json')
     job = dict(run_dir=str(Path(run_dir).resolve()), root=str(manifest.root.resolve()), model=model, loss=loss,
                model_options=model_options or {}, preprocess=(preprocess or Preprocess()).spec(), epochs=epochs,
-               augment=asdict(augment) if augment else None, seed=seed, batch_size=batch_size, accumulate=accumulate,
+               augment=asdict(augment) if augment else None, seed=seed, batch_size=batch_size,
                cache_dir=str(Path(cache_dir).resolve()), options=_sorted_options(options))
     return write_json(folder/'job.json', job)
 
@@ -257,13 +265,10 @@ def learner_of_job(
         cache_dir=Path(job['cache_dir']), batch_size=job['batch_size'], seed=job['seed'], **options['make_loaders'])
     loss = make_loss(job['loss'], np.array(dls.train.dataset.targets), len(dls.vocab), **options['make_loss'])
     if world > 1: dls = shard_loaders(dls, rank, world)
-    network = make_network(job['model'], job['model_options'], len(dls.vocab), job['seed'])
-    learn = make_learner(dls, network, loss=loss, run_dir=run_dir or Path(job['run_dir']), seed=job['seed'],
-                         **options['make_learner'])
-    if job['accumulate'] > 1:
-        learn.choices['accumulate'] = job['accumulate']
-        learn.add_cb(GradientAccumulation(job['accumulate']*job['batch_size']//world))
-    return learn
+    around = dict(slices=dls.train.dataset.slices) if job['model_options'] else {}
+    network = make_network(job['model'], job['model_options'] | around, len(dls.vocab), job['seed'])
+    return make_learner(dls, network, loss=loss, run_dir=run_dir or Path(job['run_dir']), seed=job['seed'],
+                        **options['make_learner'])
 
 # %% ../../nbs/36_train.devices.ipynb #536cfebb
 def _own_copy(run_dir, rank, scratch):

@@ -243,7 +243,8 @@ def iter_folds(
         done = folder and folder/'out_of_fold.csv'
         if done and done.exists(): yield FoldRun(k, load_out_of_fold(done), None, None)
         else:
-            network = make_network(model, model_options, len(manifest.classes), seed)
+            around = dict(slices=options['slices']) if model_options and 'slices' in options else {}
+            network = make_network(model, (model_options or {}) | around, len(manifest.classes), seed)
             how = dict(options, seed=seed, **(dict(resume=True) if resume else {}))
             yield _train_fold(manifest, certificates, k, network, folder, how)
 
