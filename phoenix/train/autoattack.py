@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/train.autoattack.html.md"""
 __all__ = ['SHARES', 'Passes', 'counted', 'dlr', 'apgd', 'to_hyperplane', 'fab', 'square', 'AttackReport', 'attacks_for',
            'auto_attack']
 
-# %% ../../nbs/39c_train.autoattack.ipynb #24621730
+# %% ../../nbs/39c_train.autoattack.ipynb #16bf046b
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from ..keys import rng
 from .attacks import AttackError, attack_loss, attacking, bounds, gradient, margin, noise
 
-# %% ../../nbs/39c_train.autoattack.ipynb #7e331604
+# %% ../../nbs/39c_train.autoattack.ipynb #05551e4b
 @dataclass
 class Passes:
     "Images that went through a network"
@@ -43,7 +43,7 @@ def counted(
     try: yield found
     finally: handle.remove()
 
-# %% ../../nbs/39c_train.autoattack.ipynb #5b23bba0
+# %% ../../nbs/39c_train.autoattack.ipynb #480636df
 def dlr(
     logits:Tensor, # `(B,K)`, K at least 3
     y:Tensor, # true classes `(B,)`
@@ -58,7 +58,7 @@ def dlr(
     gain = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
     return gain[:, 0]/(top[:, 0] - (top[:, 2] + top[:, 3])/2 + 1e-12)
 
-# %% ../../nbs/39c_train.autoattack.ipynb #df305982
+# %% ../../nbs/39c_train.autoattack.ipynb #6938e65c
 def _checkpoints(steps):
     "After which steps the step sizes are looked at"
     k, least, less = (max(int(share*steps), 1) for share in (.22, .06, .03))
@@ -89,7 +89,7 @@ class _Climb:
         "Leave out the other images"
         for name, value in vars(self).items(): setattr(self, name, value[rows])
 
-# %% ../../nbs/39c_train.autoattack.ipynb #2807c28f
+# %% ../../nbs/39c_train.autoattack.ipynb #8f32f3ef
 @patch
 def move(self:_Climb, low:Tensor, high:Tensor, momentum:float)->None:
     "One step along the gradient's sign, with a share of the last step"
@@ -115,7 +115,7 @@ def check(self:_Climb, passed:int, rho:float)->None:
     self.adv, self.grad = self.adv.clone(), self.grad.clone()
     self.adv[halve], self.grad[halve] = self.best[halve], self.slope[halve]
 
-# %% ../../nbs/39c_train.autoattack.ipynb #adbb5577
+# %% ../../nbs/39c_train.autoattack.ipynb #8410bdb3
 def _begin(model, x, y, low, high, eps, f, key):
     "The state at a keyed start"
     t = noise(x, 'uniform', **key)
@@ -144,7 +144,7 @@ def _climb(model, x, y, low, high, eps, loss, steps, rho, key):
     out[s.at] = s.best
     return out
 
-# %% ../../nbs/39c_train.autoattack.ipynb #fcd00e13
+# %% ../../nbs/39c_train.autoattack.ipynb #79effeb4
 def apgd(
     model:nn.Module, # the network
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
@@ -168,7 +168,7 @@ def apgd(
     def of(at): return plain if target is None else lambda z, y: dlr(z, y, target[at])
     with attacking(model): return _climb(model, x, y, low, high, eps, of, steps, rho, key)
 
-# %% ../../nbs/39c_train.autoattack.ipynb #d17033fe
+# %% ../../nbs/39c_train.autoattack.ipynb #1778c25a
 def to_hyperplane(
     t:Tensor, # points in [0, 1], `(B,N)`
     w:Tensor, # normals `(B,N)`
@@ -186,7 +186,7 @@ def to_hyperplane(
     step = (need.abs() - at(gained) + at(a*r))/(at(rest) + at(a)).clamp_min(1e-20)
     return way*torch.minimum(room, step[:, None])
 
-# %% ../../nbs/39c_train.autoattack.ipynb #c9cb3841
+# %% ../../nbs/39c_train.autoattack.ipynb #927998da
 def _fab_step(x, at, gap, grad, alpha_max, eta):
     "Both projections, from where the image is and from the clean image, mixed by their lengths"
     shape, w = at.shape, grad.flatten(1)
@@ -216,7 +216,7 @@ def _fab_run(model, x, y, target, eps, steps, mask, alpha_max, eta, beta):
         if not len(left): break
     return best, near
 
-# %% ../../nbs/39c_train.autoattack.ipynb #e8a050b5
+# %% ../../nbs/39c_train.autoattack.ipynb #871998d7
 def fab(
     model:nn.Module, # the network
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
@@ -247,7 +247,7 @@ def fab(
             best[left[closer]], near[left[closer]] = found[closer], far[closer]
     return best, near
 
-# %% ../../nbs/39c_train.autoattack.ipynb #4f047bba
+# %% ../../nbs/39c_train.autoattack.ipynb #7123e642
 SHARES = (10, 1), (50, 2), (200, 4), (500, 8), (1000, 16), (2000, 32), (4000, 64), (6000, 128), (8000, 256)
 
 
@@ -265,7 +265,7 @@ def _draws(n, channels, width, queries, seed, indices):
     signs = np.stack([g.choice([-1., 1.], (queries, channels)) for g in gens], 1)
     return [torch.from_numpy(v).float() for v in (stripes, places, signs)]
 
-# %% ../../nbs/39c_train.autoattack.ipynb #43f06e14
+# %% ../../nbs/39c_train.autoattack.ipynb #9c1819e5
 def _try_square(adv, low, high, eps, place, sign, side):
     "Images with one square each set to ±ε, and what the box allows of it"
     h, w = adv.shape[2:]
@@ -306,7 +306,7 @@ def square(
             out[go[up]], top[go[up]] = new[up], score[up]
     return out
 
-# %% ../../nbs/39c_train.autoattack.ipynb #330adbcf
+# %% ../../nbs/39c_train.autoattack.ipynb #9471ff8e
 @dataclass
 class AttackReport:
     "What withstood which attack"
@@ -327,7 +327,7 @@ class AttackReport:
         return (f'{self.name} at ε = {255*self.eps:.3g}/255 on {len(self.right)} images: clean {clean:.1%}, '
                 f'after {steps}; {self.passes.forward} forward and {self.passes.backward} backward passes')
 
-# %% ../../nbs/39c_train.autoattack.ipynb #141f8927
+# %% ../../nbs/39c_train.autoattack.ipynb #cb1e8239
 def attacks_for(
     n_classes:int, # K, at least 2
     *,
@@ -366,7 +366,7 @@ def _apgd_targets(model, x, y, *, targets, indices, mask, **how):
 
 def _rows(mask, rows): return mask if mask is None or len(mask) == 1 else mask[rows]
 
-# %% ../../nbs/39c_train.autoattack.ipynb #601b93af
+# %% ../../nbs/39c_train.autoattack.ipynb #86bc5470
 def auto_attack(
     model:nn.Module, # the network
     x:Tensor, # pixels in [0, 1], `(B,C,H,W)`
