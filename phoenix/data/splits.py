@@ -134,7 +134,7 @@ def _deal(counts, shares, order):
     for u in range(len(kinds)): side[order[kind[order] == u]] = np.repeat(range(len(shares)), stock[:, u])
     return side
 
-# %% ../../nbs/15_data.splits.ipynb #382fc950
+# %% ../../nbs/15_data.splits.ipynb #3884f11e
 def _present(manifest, paths):
     "Paths × labels, whether each is present"
     text = manifest.table.set_index("path").label.loc[paths]
@@ -142,8 +142,9 @@ def _present(manifest, paths):
 
 
 def _label_table(manifest, groups):
-    "Groups × (labels + total) counts of files"
-    table = _present(manifest, groups.index).groupby(groups.to_numpy()).sum()
+    "Groups × (labels + files with unknown ones + total) counts of files"
+    blank = manifest.table.set_index("path").label.loc[groups.index].str.contains("?", regex=False)
+    table = _present(manifest, groups.index).assign(**{"?": blank}).groupby(groups.to_numpy()).sum()
     return table.assign(**{"": groups.value_counts()}).sort_index()
 
 
@@ -160,7 +161,7 @@ def _best_change(x, gap, side, g, most):
         if change[k] < best[0]: best = change[k], t, int(others[k - 1]) if k else -1
     return best
 
-# %% ../../nbs/15_data.splits.ipynb #2de01d5f
+# %% ../../nbs/15_data.splits.ipynb #c9af698f
 def _deal_labels(counts, shares, order, most=256, passes=20):
     "Side of each group `(G,)` from label counts `(G,K+1)`: greedy, the rarest label first, then moves and swaps"
     x, n = counts/np.maximum(counts.sum(axis=0), 1), counts[:, :-1]
@@ -279,7 +280,7 @@ def split_pictures(
     side = np.select([place < fractions[2], place < fractions[1] + fractions[2]], ["test", "valid"], "train")
     return pd.Series(side, index=paths, name="side")
 
-# %% ../../nbs/15_data.splits.ipynb #a75f57d3
+# %% ../../nbs/15_data.splits.ipynb #9c72c62c
 def split_official(
     manifest:Manifest, # of a set with the splits 'Training' and 'Testing'
     groups:pd.Series, # path → group number, from `group_rows`
@@ -454,7 +455,7 @@ def _refuse_crossings(proof, group, side):
     raise SplitError(f"No group, patient or author's fold may stand on two sides, got {bad}"
                      f"{', for example ' + shown if shown else ''}; split by group_rows, or apply drop_crossings first")
 
-# %% ../../nbs/15_data.splits.ipynb #dd2fe3c2
+# %% ../../nbs/15_data.splits.ipynb #9f3c1ebc
 def _side_counts(manifest, side):
     "Side → class → files; with several labels to a file, those on which each is present"
     if manifest.task == "labels": table = _present(manifest, side.index).groupby(side.to_numpy()).sum()
