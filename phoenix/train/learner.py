@@ -283,7 +283,7 @@ def _data_choices(dls):
                          balanced=train.balanced, shuffle_labels=dls.shuffled_labels, classes=list(train.vocab))
             | _named('preprocess', slices.cache.preprocess.spec()) | _named('augment', augment))
 
-# %% ../../nbs/33_train.learner.ipynb #2fe69410
+# %% ../../nbs/33_train.learner.ipynb #fdeeb413
 def accuracy(
     logits:torch.Tensor, # `(N,K)`
     targets:torch.Tensor, # classes `(N,)`, or labels `(N,K)`: 1, 0, NaN where unknown
@@ -293,7 +293,7 @@ def accuracy(
     known = targets.isfinite()
     return ((logits > 0) == (targets > .5))[known].double().mean()
 
-# %% ../../nbs/33_train.learner.ipynb #89d8e192
+# %% ../../nbs/33_train.learner.ipynb #3a40a5d4
 def _present_weights(loss):
     "The weights of present labels by name, where a loss has them"
     weight = getattr(loss, 'pos_weight', None)
@@ -848,10 +848,10 @@ class Trained:
     valid:Predictions # of the validation images
     test:Predictions # of the test images
 
-# %% ../../nbs/33_train.learner.ipynb #875b4185
+# %% ../../nbs/33_train.learner.ipynb #3094131e
 from .losses import BinaryCrossEntropy, BinaryFocal, pos_weights
 
-# %% ../../nbs/33_train.learner.ipynb #997146ab
+# %% ../../nbs/33_train.learner.ipynb #04239343
 def _label_loss(name, targets, weights, label_smoothing):
     "The loss of several labels by name"
     present = pos_weights(torch.as_tensor(targets)) if weights == 'balanced' else None
@@ -871,8 +871,8 @@ def make_loss(
     if name not in (names := ('cross_entropy', 'focal')):
         raise TrainError(f'the loss must be one of {", ".join(names)}, got {name!r}{did_you_mean(name, names)}')
     if weights not in ('none', 'balanced'): raise TrainError(f"weights must be 'none' or 'balanced', got {weights!r}")
-    if np.ndim(targets) == 2: return _label_loss(name, np.asarray(targets), weights, label_smoothing)
-    w = class_weights(torch.as_tensor(np.asarray(targets)), n_classes) if weights == 'balanced' else None
+    if np.ndim(targets) == 2: return _label_loss(name, np.array(targets), weights, label_smoothing)
+    w = class_weights(torch.as_tensor(np.array(targets)), n_classes) if weights == 'balanced' else None
     if name == 'focal': return Focal(alpha=w, label_smoothing=label_smoothing)
     return CrossEntropy(label_smoothing, w)
 
