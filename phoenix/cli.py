@@ -161,7 +161,7 @@ def _facts(manifest):
     table, handle = manifest.table, manifest.source.removeprefix("kaggle:")
     if handle not in KAGGLE_SETS: handle = recognise(set(table.sha256))
     terms = KAGGLE_SETS[handle].terms if handle else {}
-    counts = table.groupby(["split", "label"]).size().rename("images").reset_index().to_dict("records")
+    counts = manifest.counts().to_dict("records")
     facts = dict(root=str(manifest.root), images=len(table), sha256=manifest.sha256, synthetic=manifest.synthetic,
                  classes=manifest.classes, counts=counts, patients=int(table.patient[table.patient != ""].nunique()),
                  **terms)
@@ -387,6 +387,9 @@ def train(
     s = load_settings(**{k: v for k, v in dict(model=model, epochs=epochs, seconds=seconds, size=size,
                                                seed=seed).items() if v})
     manifest, cert = build_manifest(folder), Certificate.load(certificate)
+    if manifest.task == "labels":
+        raise PhoenixError("phoenix train is for one class a picture, this set has several labels: run "
+                           f"`phoenix run 13_organs -p data={folder} -p kind=''`")
     run = Run.start("train", s.runs_dir, dict(folder=folder.name, **s.model_dump(mode="json")),
                     synthetic=manifest.synthetic)
     try:

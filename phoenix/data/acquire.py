@@ -286,7 +286,7 @@ def _with_patients(root, rows, rule):
     folds = {f: {"fold": int(n)} for f, n in zip(found.file, found.fold) if n}
     return [r | said[r["path"]] | folds.get(r["path"], {}) for r in rows]
 
-# %% ../../nbs/12_data.acquire.ipynb #ddf0fe95
+# %% ../../nbs/12_data.acquire.ipynb #923b87c5
 def _from_organ(root, files):
     "Rows of a set of another organ, what its tables do not name, and its further columns"
     found = read_organ(root)
@@ -299,7 +299,7 @@ def _reader(root):
     if (root/"manifest.csv").is_file(): return _from_csv
     return _from_organ if recognise_organ(root) else _from_folders
 
-# %% ../../nbs/12_data.acquire.ipynb #2c2b8c75
+# %% ../../nbs/12_data.acquire.ipynb #38cab59a
 def _declared(root):
     "Task and class order that a folder declares, as `Manifest` takes them"
     if not (root/"manifest.csv").is_file() and (name := recognise_organ(root)):
@@ -357,7 +357,7 @@ def build_manifest(
     table, synthetic = _tidy(done, extras), (root/"truth.json").is_file()
     return Manifest(root, table, source or recognise_organ(root) or _set_name(given), synthetic, rest, looks, **declared)
 
-# %% ../../nbs/12_data.acquire.ipynb #461d92a1
+# %% ../../nbs/12_data.acquire.ipynb #0f6ce341
 @patch
 def holds(self:Manifest,
     name:str, # one of `classes`
@@ -365,6 +365,14 @@ def holds(self:Manifest,
     "Which pictures have a label"
     if self.task == "classes": return (self.table.label == name).to_numpy()
     return label_matrix(self.table.label, self.order)[:, self.order.index(name)] == 1
+
+
+@patch
+def counts(self:Manifest)->pd.DataFrame: # columns split, label, images; of several labels, those on which each is present
+    "Pictures of each class in each published split"
+    marks = pd.DataFrame({c: self.holds(c) for c in self.classes}).groupby(self.table.split.to_numpy()).sum()
+    t = marks.rename_axis("split").reset_index().melt("split", var_name="label", value_name="images")
+    return t[t.images > 0].sort_values(["split", "label"], ignore_index=True)
 
 
 def write_classes(
