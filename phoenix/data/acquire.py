@@ -286,7 +286,7 @@ def _with_patients(root, rows, rule):
     folds = {f: {"fold": int(n)} for f, n in zip(found.file, found.fold) if n}
     return [r | said[r["path"]] | folds.get(r["path"], {}) for r in rows]
 
-# %% ../../nbs/12_data.acquire.ipynb #923b87c5
+# %% ../../nbs/12_data.acquire.ipynb #f479c62c
 def _from_organ(root, files):
     "Rows of a set of another organ, what its tables do not name, and its further columns"
     found = read_organ(root)
@@ -299,7 +299,7 @@ def _reader(root):
     if (root/"manifest.csv").is_file(): return _from_csv
     return _from_organ if recognise_organ(root) else _from_folders
 
-# %% ../../nbs/12_data.acquire.ipynb #38cab59a
+# %% ../../nbs/12_data.acquire.ipynb #7d80ffd9
 def _declared(root):
     "Task and class order that a folder declares, as `Manifest` takes them"
     if not (root/"manifest.csv").is_file() and (name := recognise_organ(root)):
@@ -355,9 +355,10 @@ def build_manifest(
             done.append(row)
             if look and not row["problem"]: looks.setdefault(row["pixels_sha256"], seen)
     table, synthetic = _tidy(done, extras), (root/"truth.json").is_file()
-    return Manifest(root, table, source or recognise_organ(root) or _set_name(given), synthetic, rest, looks, **declared)
+    name = source or recognise_organ(root) or _set_name(given)
+    return Manifest(root, table, name, synthetic, rest, looks, **declared)
 
-# %% ../../nbs/12_data.acquire.ipynb #0f6ce341
+# %% ../../nbs/12_data.acquire.ipynb #1a74008c
 @patch
 def holds(self:Manifest,
     name:str, # one of `classes`
@@ -368,7 +369,7 @@ def holds(self:Manifest,
 
 
 @patch
-def counts(self:Manifest)->pd.DataFrame: # columns split, label, images; of several labels, those on which each is present
+def counts(self:Manifest)->pd.DataFrame: # columns split, label, images; of several labels, where each is present
     "Pictures of each class in each published split"
     marks = pd.DataFrame({c: self.holds(c) for c in self.classes}).groupby(self.table.split.to_numpy()).sum()
     t = marks.rename_axis("split").reset_index().melt("split", var_name="label", value_name="images")

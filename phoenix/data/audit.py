@@ -144,7 +144,7 @@ def _leak(m, limits):
         yield _finding("patient_leak", "",
                        f"{len(both)} of {len(known)} patients lie on both sides of the published split")
 
-# %% ../../nbs/13_data.audit.ipynb #2d7d7bd0
+# %% ../../nbs/13_data.audit.ipynb #15027252
 def _counted(rows, m):
     "Pictures of each class among rows; of several labels, those on which each is present, absent labels as 0"
     if m.task == "classes": return rows.label.value_counts().sort_index()
@@ -157,7 +157,8 @@ def _classes(m, limits):
     n = _counted(m.readable, m)
     if len(n) < 2: yield _finding("one_class", "", f"readable pictures belong to {len(n)} class, two are the least")
     elif n.max() / max(n.min(), 1) > limits.imbalance:
-        yield _finding("class_imbalance", "", f"{n.idxmax()} has {n.max() / max(n.min(), 1):.1f} times as many pictures as "
+        times = n.max() / max(n.min(), 1)
+        yield _finding("class_imbalance", "", f"{n.idxmax()} has {times:.1f} times as many pictures as "
                        f"{n.idxmin()}: " + ", ".join(f"{c} {k}" for c, k in n.items()))
     for c, k in n.items():
         if k < limits.few:

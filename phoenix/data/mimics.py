@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.mimics.html.md"""
 # %% auto #0
 __all__ = ['MimicError', 'make_mimic']
 
-# %% ../../nbs/11d_data.mimics.ipynb #04a69ce0
+# %% ../../nbs/11d_data.mimics.ipynb #5734bdc0
 import io
 import os
 import shutil
@@ -23,7 +23,7 @@ from ..keys import rng
 from ..records import write_json, write_text
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/11d_data.mimics.ipynb #a2163b0b
+# %% ../../nbs/11d_data.mimics.ipynb #be38106a
 class MimicError(PhoenixError):
     "A made set that cannot be made"
 
@@ -38,7 +38,7 @@ def _mark(k, r):
     y, x = np.meshgrid(*[np.linspace(-1, 1, 2*r + 1)]*2, indexing="ij")
     return np.where(_SHAPES[k % 7](y, x), 1. if k < 7 else -1., 0.)
 
-# %% ../../nbs/11d_data.mimics.ipynb #9d423d73
+# %% ../../nbs/11d_data.mimics.ipynb #fd5c658e
 def _field(g, size, cells=5):
     "A smooth random field of mean 0"
     small = Image.fromarray(g.normal(size=(cells, cells)).astype(np.float32))
@@ -60,7 +60,7 @@ def _skin(row, g, size):
     _stamp(grey, g, int(np.argmax(row)), max(4, size//7), ((cy + 1)*size/2, (cx + 1)*size/2))
     return np.clip(grey[..., None]*g.uniform(.85, 1.1, 3)*[1.1, .95, .85], 0, 1)
 
-# %% ../../nbs/11d_data.mimics.ipynb #3a00635c
+# %% ../../nbs/11d_data.mimics.ipynb #52faf073
 def _chest(row, g, size):
     "Two dark lungs between ribs with the mark of each label that is present, `(H,W)` in [0, 1]"
     y, x = np.meshgrid(*[np.linspace(-1, 1, size)]*2, indexing="ij")
@@ -73,7 +73,7 @@ def _chest(row, g, size):
         _stamp(grey, g, int(k), max(4, size//9), (size*g.uniform(.2, .8), size*(.5 + g.choice([-1, 1])*.24)))
     return np.clip(grey, 0, 1)
 
-# %% ../../nbs/11d_data.mimics.ipynb #972f306e
+# %% ../../nbs/11d_data.mimics.ipynb #ade61e34
 def _cases(organ, groups, pictures, seed):
     "A row for each picture: number, group, side and its marks `(K,)`"
     k, made = len(organ.classes), []
@@ -98,7 +98,7 @@ def _draw(case, organ, size, seed):
     g = rng(seed, f"mimic.{organ.organ}", index=case["n"])
     return (_skin if organ.organ == "skin" else _chest)(case["row"], g, size)
 
-# %% ../../nbs/11d_data.mimics.ipynb #56d4b087
+# %% ../../nbs/11d_data.mimics.ipynb #e4941024
 def _hot(names, rows, classes, **more):
     "A one-hot table as the ISIC challenges publish it"
     marks = pd.DataFrame(np.stack(rows), columns=list(classes)).map(lambda v: f"{v:.1f}")
@@ -118,7 +118,7 @@ def _write_isic2018(root, cases, organ):
     write_text(root/"ISIC2018_Task3_Training_LesionGroupings.csv", lesions.to_csv(index=False))
     return paths
 
-# %% ../../nbs/11d_data.mimics.ipynb #c49b3f02
+# %% ../../nbs/11d_data.mimics.ipynb #26958dec
 def _write_isic2019(root, cases, organ):
     paths = {}
     for part in ("Training", "Test"):
@@ -134,7 +134,7 @@ def _write_isic2019(root, cases, organ):
         paths |= {c["n"]: f"ISIC_2019_{part}_Input/{n}.jpg" for c, n in zip(mine, names)}
     return paths
 
-# %% ../../nbs/11d_data.mimics.ipynb #e83d9ffc
+# %% ../../nbs/11d_data.mimics.ipynb #2bccd366
 def _write_isic2020(root, cases, organ):
     target = [int(c["row"].argmax()) for c in cases]
     names = [f"ISIC_{c['n']:07}" for c in cases]
@@ -158,7 +158,7 @@ def _write_derm7pt(root, cases, organ):
         write_text(root/f"meta/{part}_indexes.csv", "\n".join(["indexes", *at, ""]))
     return {n: f"images/{p}" for n, p in names.items()}
 
-# %% ../../nbs/11d_data.mimics.ipynb #b49a63a3
+# %% ../../nbs/11d_data.mimics.ipynb #5e349f9f
 def _write_nih14(root, cases, organ):
     names = [f"{c['group'] + 1:08}_{c['n']:03}.png" for c in cases]
     found = [label_text(c["row"], organ.classes).replace(NONE, "No Finding") for c in cases]
@@ -177,7 +177,7 @@ def _report(case, organ):
     terms = [t.upper() if case["n"] % 2 else t for t in terms]
     return terms + (["scoliosis"] if case["n"] % 3 == 0 else [])
 
-# %% ../../nbs/11d_data.mimics.ipynb #dba9877b
+# %% ../../nbs/11d_data.mimics.ipynb #224a5ec9
 def _write_padchest(root, cases, organ):
     names = [f"{10**12 + c['n']}_{c['group']:03}.png" for c in cases]
     t = pd.DataFrame(dict(ImageID=names, ImageDir=[str(c["n"] % 3) for c in cases], Projection="PA",
@@ -190,7 +190,7 @@ def _write_padchest(root, cases, organ):
 _WRITERS = dict(isic2018=_write_isic2018, isic2019=_write_isic2019, isic2020=_write_isic2020,
                 derm7pt=_write_derm7pt, nih14=_write_nih14, padchest=_write_padchest)
 
-# %% ../../nbs/11d_data.mimics.ipynb #575a45a0
+# %% ../../nbs/11d_data.mimics.ipynb #d61141e7
 def _fill(root, organ, cases, size, seed):
     "Write tables, pictures and truth"
     paths, kind = _WRITERS[organ.name](root, cases, organ), "jpg" if organ.organ == "skin" else "png"

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/data.organs.html.md"""
 __all__ = ['NONE', 'NIH14', 'ORGANS', 'CONCEPTS', 'HARMONY', 'OrganError', 'label_text', 'label_matrix', 'Organ', 'check_order',
            'concept_targets', 'harmonise', 'recognise_organ', 'OrganTable', 'read_organ']
 
-# %% ../../nbs/11c_data.organs.ipynb #dbc8e0b0
+# %% ../../nbs/11c_data.organs.ipynb #39298a07
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ import pandas as pd
 
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/11c_data.organs.ipynb #a9286f72
+# %% ../../nbs/11c_data.organs.ipynb #a8ae9582
 class OrganError(PhoenixError):
     "A set of another organ that is not as its authors published it"
 
-# %% ../../nbs/11c_data.organs.ipynb #a2671e72
+# %% ../../nbs/11c_data.organs.ipynb #5d9663e6
 NONE = "none" # the text of a picture on which every label is absent
 
 
@@ -37,7 +37,7 @@ def label_text(
     blank = ["?"] if unknown and len(present) + len(unknown) == len(classes) else ["?" + c for c in unknown]
     return "|".join(present + blank) or NONE
 
-# %% ../../nbs/11c_data.organs.ipynb #f124efd1
+# %% ../../nbs/11c_data.organs.ipynb #a6986332
 def _marks(text, place):
     "One text as 1, 0 and NaN"
     parts = [] if text == NONE else str(text).split("|")
@@ -60,7 +60,7 @@ def label_matrix(
     rows = [_marks(t, place) for t in kinds]
     return np.stack(rows)[which] if rows else np.zeros((0, len(place)), dtype=np.float32)
 
-# %% ../../nbs/11c_data.organs.ipynb #001c69a8
+# %% ../../nbs/11c_data.organs.ipynb #dc250290
 @dataclass(frozen=True)
 class Organ:
     "A public set of another organ"
@@ -77,7 +77,7 @@ class Organ:
         "Whether up and down, left and right mean something"
         return self.organ != "skin"
 
-# %% ../../nbs/11c_data.organs.ipynb #72a2d457
+# %% ../../nbs/11c_data.organs.ipynb #bd1cb71b
 NIH14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
          "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
 _TRUTH18 = "ISIC2018_Task3_{0}_GroundTruth/ISIC2018_Task3_{0}_GroundTruth.csv"
@@ -96,7 +96,7 @@ ORGANS = {o.name: o for o in (
           ("Data_Entry_2017_v2020.csv",))),
     Organ("padchest", "chest", "labels", NIH14, 160861, "patient", ((_PADCHEST,),)))}
 
-# %% ../../nbs/11c_data.organs.ipynb #fd38944b
+# %% ../../nbs/11c_data.organs.ipynb #303d4790
 def check_order(
     found:Sequence[str], # class names of weights, predictions or a table, in their order
     wanted:Sequence[str], # the canonical order
@@ -106,7 +106,7 @@ def check_order(
         raise OrganError(f"the class order must be {list(wanted)}, got {list(found)}: use what was made with this set")
     return tuple(wanted)
 
-# %% ../../nbs/11c_data.organs.ipynb #d21f8d62
+# %% ../../nbs/11c_data.organs.ipynb #e0a29061
 def _table(root, name, *columns):
     "A table of the set as text, with the columns its authors gave it"
     if not (root/name).is_file():
@@ -126,7 +126,7 @@ def _there(root, *names):
         if (root/n).exists(): return n
     raise OrganError(f"{root.name!r} must hold {' or '.join(names)}, it holds none: unpack the set as published")
 
-# %% ../../nbs/11c_data.organs.ipynb #14e83417
+# %% ../../nbs/11c_data.organs.ipynb #ef2a8ab6
 def _one_class(t, name, classes):
     "The class that each row of a one-hot table marks"
     marks = t[list(classes)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
@@ -136,7 +136,7 @@ def _one_class(t, name, classes):
                          f"of {t.iloc[bad[0], 0]} does not: fetch the table again")
     return np.asarray(classes, dtype=object)[marks.argmax(axis=1)]
 
-# %% ../../nbs/11c_data.organs.ipynb #551edb3a
+# %% ../../nbs/11c_data.organs.ipynb #e750c665
 def _official(rows):
     "Published sides, '' everywhere where no test list is there"
     return rows if (rows.split == "Testing").any() else rows.assign(split="")
@@ -158,7 +158,7 @@ def _isic2018(root, classes):
                          "fetch it again")
     return _official(rows.drop(columns="image")), []
 
-# %% ../../nbs/11c_data.organs.ipynb #467b365d
+# %% ../../nbs/11c_data.organs.ipynb #c8210153
 def _isic2019(root, classes):
     parts, out = [], []
     for part, split in dict(Training="Training", Test="Testing").items():
@@ -174,7 +174,7 @@ def _isic2019(root, classes):
         parts.append(pd.DataFrame(dict(path=t.path, label=_one_class(t, name, classes), patient=lesion, split=split)))
     return _official(pd.concat(parts, ignore_index=True)), out
 
-# %% ../../nbs/11c_data.organs.ipynb #a0bbdbba
+# %% ../../nbs/11c_data.organs.ipynb #2f93ce74
 def _isic2020(root, classes):
     name = _there(root, "ISIC_2020_Training_GroundTruth_v2.csv", "ISIC_2020_Training_GroundTruth.csv", "train.csv")
     folder = _there(root, "train", "ISIC_2020_Training_JPEG/train", "jpeg/train")
@@ -184,7 +184,7 @@ def _isic2020(root, classes):
     return pd.DataFrame(dict(path=folder + "/" + t.image_name + ".jpg", label=np.asarray(classes)[t.target.astype(int)],
                              patient=t.patient_id, split="")), []
 
-# %% ../../nbs/11c_data.organs.ipynb #bcd89f92
+# %% ../../nbs/11c_data.organs.ipynb #907e98c4
 CONCEPTS = dict(atypical_pigment_network=("pigment_network", "atypical"),
     blue_whitish_veil=("blue_whitish_veil", "present"),
     atypical_vessels=("vascular_structures", "dotted", "linear irregular"),
@@ -205,7 +205,7 @@ def _concept(values, name, signs):
                          "correct it, or leave it empty where it is unknown")
     return np.where(plain.isin(_UNSAID), "", np.where(plain.isin(signs), "1", "0"))
 
-# %% ../../nbs/11c_data.organs.ipynb #cdbc5cb7
+# %% ../../nbs/11c_data.organs.ipynb #dc14e995
 def _sides(root, n):
     "The authors' side of each of n rows, from three lists of row numbers"
     side = np.full(n, "", dtype=object)
@@ -234,7 +234,7 @@ def concept_targets(
         raise OrganError(f"rows must be of Derm7pt, the column concept_{lack[0]} is missing: read the set again")
     return np.stack([pd.to_numeric(rows[f"concept_{k}"]).to_numpy(np.float32) for k in CONCEPTS], axis=1)
 
-# %% ../../nbs/11c_data.organs.ipynb #a013d25f
+# %% ../../nbs/11c_data.organs.ipynb #e8cc71fb
 _NIH_FOLDERS = ("images", *(f"images_{k:03}/images" for k in range(1, 13)))
 
 
@@ -254,7 +254,7 @@ def _listed(root, name):
     "Names in a list, one a line"
     return set((root/name).read_text(encoding="utf-8").split()) if (root/name).is_file() else set()
 
-# %% ../../nbs/11c_data.organs.ipynb #539a4ca4
+# %% ../../nbs/11c_data.organs.ipynb #e178f3e1
 def _findings(text, classes):
     "The labels of one row, all of them known"
     parts = [p.strip() for p in text.split("|")]
@@ -277,7 +277,7 @@ def _nih14(root, classes):
     return _official(pd.DataFrame(dict(path=_places(root, image), label=t["Finding Labels"].map(kinds), split=split,
                                        patient=t["Patient ID"], view=t["View Position"]))), []
 
-# %% ../../nbs/11c_data.organs.ipynb #5baf946a
+# %% ../../nbs/11c_data.organs.ipynb #62939da1
 HARMONY = dict(Atelectasis=("atelectasis", "atelectasis basal", "laminar atelectasis", "lobar atelectasis",
                             "round atelectasis", "segmental atelectasis", "total atelectasis"),
     Cardiomegaly=("cardiomegaly",), Infiltration=("infiltrates",), Mass=("pulmonary mass",),
@@ -299,7 +299,7 @@ def harmonise(
     rest = 0. if plain and plain <= known else np.nan
     return label_text([1. if on else rest for on in present], classes)
 
-# %% ../../nbs/11c_data.organs.ipynb #175219b7
+# %% ../../nbs/11c_data.organs.ipynb #5803573e
 def _terms(text):
     "The list that a cell of PadChest holds"
     if not text.strip(): return []
@@ -316,7 +316,7 @@ def _padchest(root, classes):
     return pd.DataFrame(dict(path=t.ImageDir.str.strip() + "/" + t.ImageID, label=t.Labels.map(kinds),
                              patient=t.PatientID, split="", view=t.Projection)), []
 
-# %% ../../nbs/11c_data.organs.ipynb #d828c063
+# %% ../../nbs/11c_data.organs.ipynb #a875a157
 def recognise_organ(
     root:Path, # a folder
 )->str: # name in `ORGANS`, '' when it is none of them
@@ -334,7 +334,7 @@ class OrganTable:
     left_out:list=field(default_factory=list) # `(path, reason)` of pictures without a class of the set
     missing:tuple=() # paths that are named and are not there
 
-# %% ../../nbs/11c_data.organs.ipynb #6efd2ad7
+# %% ../../nbs/11c_data.organs.ipynb #915eefaa
 _READERS = dict(isic2018=_isic2018, isic2019=_isic2019, isic2020=_isic2020, derm7pt=_derm7pt, nih14=_nih14,
                 padchest=_padchest)
 

@@ -134,7 +134,7 @@ def _deal(counts, shares, order):
     for u in range(len(kinds)): side[order[kind[order] == u]] = np.repeat(range(len(shares)), stock[:, u])
     return side
 
-# %% ../../nbs/15_data.splits.ipynb #3884f11e
+# %% ../../nbs/15_data.splits.ipynb #65ee0a1a
 def _present(manifest, paths):
     "Paths × labels, whether each is present"
     text = manifest.table.set_index("path").label.loc[paths]
@@ -161,7 +161,7 @@ def _best_change(x, gap, side, g, most):
         if change[k] < best[0]: best = change[k], t, int(others[k - 1]) if k else -1
     return best
 
-# %% ../../nbs/15_data.splits.ipynb #c9af698f
+# %% ../../nbs/15_data.splits.ipynb #49cfada5
 def _deal_labels(counts, shares, order, most=256, passes=20):
     "Side of each group `(G,)` from label counts `(G,K+1)`: greedy, the rarest label first, then moves and swaps"
     x, n = counts/np.maximum(counts.sum(axis=0), 1), counts[:, :-1]
@@ -280,7 +280,7 @@ def split_pictures(
     side = np.select([place < fractions[2], place < fractions[1] + fractions[2]], ["test", "valid"], "train")
     return pd.Series(side, index=paths, name="side")
 
-# %% ../../nbs/15_data.splits.ipynb #9c72c62c
+# %% ../../nbs/15_data.splits.ipynb #a7642115
 def split_official(
     manifest:Manifest, # of a set with the splits 'Training' and 'Testing'
     groups:pd.Series, # path → group number, from `group_rows`
@@ -455,7 +455,7 @@ def _refuse_crossings(proof, group, side):
     raise SplitError(f"No group, patient or author's fold may stand on two sides, got {bad}"
                      f"{', for example ' + shown if shown else ''}; split by group_rows, or apply drop_crossings first")
 
-# %% ../../nbs/15_data.splits.ipynb #9f3c1ebc
+# %% ../../nbs/15_data.splits.ipynb #10cf6d69
 def _side_counts(manifest, side):
     "Side → class → files; with several labels to a file, those on which each is present"
     if manifest.task == "labels": table = _present(manifest, side.index).groupby(side.to_numpy()).sum()
@@ -507,7 +507,7 @@ def make_split(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
     *,
-    rule:str="grouped", # 'grouped', 'folds', 'author' (its own folds), 'official' (its test list), 'published', 'pictures'
+    rule:str="grouped", # 'grouped', 'folds', 'author' (own folds), 'official' (own test list), 'published', 'pictures'
     fractions:tuple[float,float,float]=(.7, .15, .15), # of rules 'grouped' and 'pictures': train, valid, test
     n:int=5, # of rule 'folds': how many
     fold:int=0, # of rule 'folds': the one that is tested

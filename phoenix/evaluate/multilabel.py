@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.multilabel.html.md"""
 __all__ = ['MEASURES', 'check_labels', 'average_precision', 'label_thresholds', 'label_f1', 'label_values', 'label_scores',
            'plot_labels']
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #e5da0363
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #e3e914ed
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .metrics import MetricError, auc
 from ..plots import class_colour, style
 from ..train.losses import best_thresholds
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #3e798c00
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #60f31785
 def check_labels(
     probs:np.ndarray, # `(N,K)` probabilities, each by itself in [0,1]
     targets:np.ndarray, # `(N,K)` 1 present, 0 absent, NaN unknown
@@ -36,7 +36,7 @@ def check_labels(
         raise MetricError('targets must be 1, 0 or NaN where unknown, some are not; read them with label_matrix')
     return probs, targets
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #798a15f7
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #bfdd2a74
 def _share(num, den, empty=np.nan):
     "`num/den`, and `empty` where `den` is 0"
     num, den = np.broadcast_arrays(np.asarray(num, float), np.asarray(den, float))
@@ -57,7 +57,7 @@ def average_precision(
     steps = np.diff(hits, axis=-1, prepend=0.)
     return _share((steps*_share(hits, called, 0.)).sum(-1), hits[..., -1])
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #043bacc4
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #4b789190
 def label_thresholds(
     probs:np.ndarray, # `(N,K)` probabilities of validation pictures, never test ones
     targets:np.ndarray, # `(N,K)` 1, 0 or NaN
@@ -78,7 +78,7 @@ def label_f1(
     there = w @ positive
     return np.where(there > 0, _share(2*(w @ (called*positive)), w @ called + there), np.nan)
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #9103b876
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #0be4a286
 MEASURES = ('auc', 'ap', 'f1')
 
 
@@ -105,7 +105,7 @@ def _mean(values):
     there = np.isfinite(values)
     return _share(np.where(there, values, 0.).sum(-1), there.sum(-1)), there.sum(-1)
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #0b851815
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #97ca7347
 def label_scores(
     probs:np.ndarray, # `(N,K)` probabilities of test pictures
     targets:np.ndarray, # `(N,K)` 1, 0 or NaN
@@ -125,15 +125,15 @@ def label_scores(
     return dict(n=len(probs), macro={m: none(v) for m, (v, _) in means.items()},
                 labels_in={m: int(n) for m, (_, n) in means.items()}, per_label=per_label)
 
-# %% ../../nbs/40a_evaluate.multilabel.ipynb #f24f534b
+# %% ../../nbs/40a_evaluate.multilabel.ipynb #86d27dfa
 def plot_labels(
     scores:dict, # of `label_scores`
     *,
     ax:Axes|None = None, # where to draw; default a new figure
 )->Axes: # the axes drawn on
-    "Area and average precision of each label, and the share of pictures that show it, which guessing reaches in the latter"
+    "Area and average precision of each label, and the share of pictures that show it: the precision of guessing"
     shown = {c: v for c, v in scores['per_label'].items() if v['auc'] is not None}
-    if not shown: raise MetricError('a plot needs a label with both kinds of pictures, there is none; look at the table')
+    if not shown: raise MetricError('a plot needs a label with both kinds of pictures, there is none; see the table')
     if ax is None:
         with style(): _, ax = plt.subplots(figsize=(5.2, .9 + .27*len(shown)))
     for y, (c, v) in enumerate(shown.items()):

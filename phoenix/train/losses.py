@@ -6,8 +6,9 @@ Docs: https://phoenix-mri.github.io/phoenix/train.losses.html.md"""
 
 # %% auto #0
 __all__ = ['LossError', 'reduce_losses', 'check_finite', 'CrossEntropy', 'Focal', 'known_targets', 'BinaryCrossEntropy',
-           'BinaryFocal', 'best_thresholds', 'task_loss', 'class_weights', 'pos_weights', 'soft_ece', 'CalibrationLoss',
-           'mask_probs', 'Tversky', 'Dice', 'signed_distance', 'Boundary']
+           'BinaryFocal', 'best_thresholds', 'task_loss', 'class_weights', 'pos_weights', 'label_loss',
+           'present_weights', 'accuracy', 'soft_ece', 'CalibrationLoss', 'mask_probs', 'Tversky', 'Dice',
+           'signed_distance', 'Boundary']
 
 # %% ../../nbs/30_train.losses.ipynb #495e4990
 import inspect
@@ -150,7 +151,7 @@ class Focal(CrossEntropy):
         losses = (self.gamma * _log_others(z)).exp() * entropies
         return losses if self.weight is None else self.weight.to(z.dtype) * losses
 
-# %% ../../nbs/30_train.losses.ipynb #65f7fb08
+# %% ../../nbs/30_train.losses.ipynb #72f9bf27
 def known_targets(
     targets:Tensor, # labels `(B,K)`, 0 or 1, NaN where unknown
 )->tuple[Tensor, Tensor|None]: # labels with 0 for unknown ones, and which are known; None where all are
@@ -274,6 +275,36 @@ def pos_weights(
     "Absent over present of each label, for the `pos_weight` of `BinaryCrossEntropy`"
     share = torch.as_tensor(targets).double().nanmean(0).nan_to_num(0.) # of a label that nobody looked for too
     return ((1 - share) / share).clamp(low, high).float()
+
+# %% ../../nbs/30_train.losses.ipynb #b9be0bdb
+def label_loss(
+    name:str, # 'cross_entropy' or 'focal'
+    targets:Tensor, # labels of the training images `(N,K)`, NaN where unknown
+    weights:str='none', # 'none' or 'balanced'
+    label_smoothing:float=0., # how far 0 and 1 move together, in [0, 1)
+)->nn.Module: # a loss on logits
+    "The loss of several labels by name, with weights of present labels from the training images alone"
+    present = pos_weights(targets) if weights == 'balanced' else None
+    if name == 'cross_entropy': return BinaryCrossEntropy(label_smoothing, pos_weight=present)
+    return BinaryFocal(alpha=.25 if present is None else present/(1 + present), label_smoothing=label_smoothing)
+
+
+def present_weights(
+    loss:nn.Module, # any loss
+)->dict: # `loss.pos_weight` as a list, or nothing
+    "The weights of present labels by name, where a loss has them"
+    weight = getattr(loss, 'pos_weight', None)
+    return {} if weight is None else {'loss.pos_weight': weight.tolist()}
+
+# %% ../../nbs/30_train.losses.ipynb #0d1bae6d
+def accuracy(
+    logits:Tensor, # `(N,K)`
+    targets:Tensor, # classes `(N,)`, or labels `(N,K)`: 1, 0, NaN where unknown
+)->Tensor: # scalar in [0, 1], float64; NaN where nothing is known
+    "Share of right answers"
+    if targets.ndim == 1: return (logits.argmax(1) == targets).double().mean()
+    known = targets.isfinite()
+    return ((logits > 0) == (targets > .5))[known].double().mean()
 
 # %% ../../nbs/30_train.losses.ipynb #73cecc69
 def soft_ece(
