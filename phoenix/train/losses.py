@@ -151,7 +151,7 @@ class Focal(CrossEntropy):
         losses = (self.gamma * _log_others(z)).exp() * entropies
         return losses if self.weight is None else self.weight.to(z.dtype) * losses
 
-# %% ../../nbs/30_train.losses.ipynb #72f9bf27
+# %% ../../nbs/30_train.losses.ipynb #b4b251fc
 def known_targets(
     targets:Tensor, # labels `(B,K)`, 0 or 1, NaN where unknown
 )->tuple[Tensor, Tensor|None]: # labels with 0 for unknown ones, and which are known; None where all are
@@ -276,7 +276,7 @@ def pos_weights(
     share = torch.as_tensor(targets).double().nanmean(0).nan_to_num(0.) # of a label that nobody looked for too
     return ((1 - share) / share).clamp(low, high).float()
 
-# %% ../../nbs/30_train.losses.ipynb #b9be0bdb
+# %% ../../nbs/30_train.losses.ipynb #4e85c0b8
 def label_loss(
     name:str, # 'cross_entropy' or 'focal'
     targets:Tensor, # labels of the training images `(N,K)`, NaN where unknown
@@ -296,7 +296,7 @@ def present_weights(
     weight = getattr(loss, 'pos_weight', None)
     return {} if weight is None else {'loss.pos_weight': weight.tolist()}
 
-# %% ../../nbs/30_train.losses.ipynb #0d1bae6d
+# %% ../../nbs/30_train.losses.ipynb #ff73f674
 def accuracy(
     logits:Tensor, # `(N,K)`
     targets:Tensor, # classes `(N,)`, or labels `(N,K)`: 1, 0, NaN where unknown
