@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.labels.html.md"""
 # %% auto #0
 __all__ = ['group_weights', 'label_ece', 'LabelReport', 'measure_labels', 'label_section', 'label_data_section']
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #ea85489c
+# %% ../../nbs/48a_evaluate.labels.ipynb #49de5401
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from .report import Section, Table, draw
 from .statistics import percentile_interval, plot_intervals
 from ..keys import rng
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #12f173ef
+# %% ../../nbs/48a_evaluate.labels.ipynb #6f36b97c
 def group_weights(
     groups:Sequence|None, # `(N,)` patient or cluster of each row; None: every row its own
     n_rows:int, # N
@@ -42,7 +42,7 @@ def group_weights(
 
 def _count(groups, n_rows): return n_rows if groups is None else len(set(np.asarray(groups).astype(str).tolist()))
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #2a76001f
+# %% ../../nbs/48a_evaluate.labels.ipynb #9e5bfdd8
 def label_ece(
     probs:np.ndarray, # `(N,K)` probabilities
     targets:np.ndarray, # `(N,K)` 1, 0 or NaN
@@ -58,7 +58,7 @@ def label_ece(
         errors.append(np.abs(gap).sum()/at.sum() if at.any() else np.nan)
     return np.array(errors)
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #7e02dc2b
+# %% ../../nbs/48a_evaluate.labels.ipynb #8a388367
 @dataclass(frozen=True)
 class LabelReport:
     "What is measured about several labels on test pictures"
@@ -79,7 +79,7 @@ class LabelReport:
                         | ends | dict(AP=v['ap'], F1=v['f1'], threshold=v['threshold'], ECE=self.ece[c]))
         return pd.DataFrame(rows).astype(dict.fromkeys(('AUC', *ends, 'AP', 'F1', 'threshold', 'ECE'), float))
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #6d273c83
+# %% ../../nbs/48a_evaluate.labels.ipynb #1663244f
 def _interval(value, draws, n_groups, level):
     "The interval of a defined value that most resamples have; None otherwise"
     if not np.isfinite(value) or np.isfinite(draws).mean() < .5: return None
@@ -118,7 +118,7 @@ def measure_labels(
     ece = {c: None if np.isnan(e) else float(e) for c, e in zip(classes, label_ece(probs, targets))}
     return LabelReport(scores, macro, each, ece, n_groups)
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #a8615cb6
+# %% ../../nbs/48a_evaluate.labels.ipynb #55a1a6b4
 def _figures(scores, spans):
     "Ranking of each label, and the areas with their intervals; nothing where no label has an area"
     if not spans: return []
@@ -141,16 +141,17 @@ def label_section(
     top = pd.DataFrame([dict(measure=_TITLES[m], value=i.value, low=i.low, high=i.high, labels=s['labels_in'][m])
                         for m, i in report.macro.items()])
     spans = {c: i['auc'] for c, i in report.per_label.items() if 'auc' in i}
-    text = [f'{s["n"]} pictures in {report.n_groups} independent groups. Each label is scored where it is '
-            'known; thresholds of F1 were chosen on validation pictures. Calibration errors are of each label alone.']
+    text = [f'{s["n"]} pictures in {report.n_groups} independent groups. Each label is scored where it is known; '
+            'thresholds of F1 were chosen on validation pictures. Calibration errors are of each label alone.']
     names = ', '.join(c.replace('_', ' ') for c in undefined)
     left = [f'Without a value, and left out of the macro means: {names}.'] if undefined else []
     notes = sorted({i.note for i in report.macro.values() if i.note})
     return Section(title, text, [Table(top, 'Macro means with 95 % intervals, and how many labels stand in each'),
                                  Table(report.table, 'Each label by itself')], _figures(s, spans),
-                   warnings=left + notes, numbers=dict(scores=s, macro=report.macro, per_label=report.per_label, ece=report.ece))
+                   warnings=left + notes, numbers=dict(scores=s, macro=report.macro, per_label=report.per_label,
+                                                       ece=report.ece))
 
-# %% ../../nbs/48a_evaluate.labels.ipynb #3a520783
+# %% ../../nbs/48a_evaluate.labels.ipynb #eac74f89
 def label_data_section(
     manifest:Manifest, # of a set with several labels to a picture
     assignment:dict, # path → side, of a certificate
@@ -166,7 +167,7 @@ def label_data_section(
     sizes = ', '.join(f'{(side == s).sum()} in {s}' for s in parts)
     lost, unknown = len(manifest.table) - len(manifest.readable), np.isnan(marks).mean()
     text = (f'{len(rows)} pictures ({sizes}) of {rows.patient[rows.patient != ""].nunique()} named groups; {lost} '
-            f'named files are missing or unreadable. {100*unknown:.1f} % of all labels are unknown: they train nothing and '
-            'count nowhere.')
+            f'named files are missing or unreadable. {100*unknown:.1f} % of all labels are unknown: they train '
+            'nothing and count nowhere.')
     return Section('Data', [text], [Table(table, 'Pictures by label and side')],
                    numbers=dict(unknown=float(unknown), lost=lost))
