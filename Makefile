@@ -11,7 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # compiled modules are kept, whatever the shell says: without them each fresh process compiles torch anew, for 8 seconds
 export PYTHONDONTWRITEBYTECODE :=
 DATA ?= phantom
-PARAMS ?= $(if $(filter phantom,$(DATA)),nbs/experiments/params/quickstart_phantom.yaml,nbs/experiments/params/quickstart_images.yaml)
+EXPERIMENT ?= 01_quickstart
+QUICK := nbs/experiments/params/quickstart_$(if $(filter phantom,$(DATA)),phantom,images).yaml
+PARAMS ?= $(if $(filter 01_quickstart,$(EXPERIMENT)),$(QUICK),nbs/experiments/params/$(EXPERIMENT).yaml)
 
 .PHONY: run test install gate lint readme docs notebooks lab clean help
 
@@ -26,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-run: install   ## from raw images to a verified INT8 model: make run [DATA=folder] [SECONDS=s] [EPOCHS=n] [MODEL=name]
-	$(BIN)/phoenix run 01_quickstart -f $(PARAMS) -p data="$(DATA)" \
+run: install   ## from raw images to a verified INT8 model: make run [DATA=folder] [SECONDS=s] [EPOCHS=n] [MODEL=name] [EXPERIMENT=13_organs]
+	$(BIN)/phoenix run $(EXPERIMENT) -f $(PARAMS) -p data="$(DATA)" \
 	  $(if $(filter command line environment,$(origin EPOCHS)),-p epochs=$(EPOCHS)) \
 	  $(if $(filter command line,$(origin SECONDS)),-p seconds=$(SECONDS)) \
 	  $(if $(MODEL),-p model=$(MODEL))

@@ -161,7 +161,7 @@ def _facts(manifest):
     table, handle = manifest.table, manifest.source.removeprefix("kaggle:")
     if handle not in KAGGLE_SETS: handle = recognise(set(table.sha256))
     terms = KAGGLE_SETS[handle].terms if handle else {}
-    counts = table.groupby(["split", "label"]).size().rename("images").reset_index().to_dict("records")
+    counts = manifest.counts().to_dict("records")
     facts = dict(root=str(manifest.root), images=len(table), sha256=manifest.sha256, synthetic=manifest.synthetic,
                  classes=manifest.classes, counts=counts, patients=int(table.patient[table.patient != ""].nunique()),
                  **terms)
@@ -416,6 +416,9 @@ def _run_of(folder, certificate, s, how, devices, resume):
     from phoenix.data.splits import Certificate
     from phoenix.records import Run
     manifest, cert = build_manifest(folder), Certificate.load(certificate)
+    if manifest.task == "labels":
+        raise PhoenixError("phoenix train is for one class a picture, this set has several labels: run "
+                           f"`phoenix run 13_organs -p data={folder} -p kind=''`")
     run = Run.start("train", s.runs_dir, dict(s.model_dump(mode="json"), folder=folder.name, **how),
                     synthetic=manifest.synthetic)
     try:

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 
 from .acquire import Manifest
 from .known import KAGGLE_SETS, compare_files, known_files, recognise
+from .organs import label_matrix
 from .pixels import EXTENSIONS
 from ..plots import class_colour, style
 from ..settings import PhoenixError
@@ -143,19 +144,28 @@ def _leak(m, limits):
         yield _finding("patient_leak", "",
                        f"{len(both)} of {len(known)} patients lie on both sides of the published split")
 
+# %% ../../nbs/13_data.audit.ipynb #15027252
+def _counted(rows, m):
+    "Pictures of each class among rows; of several labels, those on which each is present, absent labels as 0"
+    if m.task == "classes": return rows.label.value_counts().sort_index()
+    seen = label_matrix(rows.label, m.order) == 1
+    return pd.Series(seen.sum(axis=0), index=list(m.order))
+
 # %% ../../nbs/13_data.audit.ipynb #61f55e89
 def _classes(m, limits):
     "Counts of classes, and of classes in splits"
-    n = m.readable.label.value_counts().sort_index()
+    n = _counted(m.readable, m)
     if len(n) < 2: yield _finding("one_class", "", f"readable pictures belong to {len(n)} class, two are the least")
-    elif n.max() / n.min() > limits.imbalance:
-        yield _finding("class_imbalance", "", f"{n.idxmax()} has {n.max() / n.min():.1f} times as many pictures as "
+    elif n.max() / max(n.min(), 1) > limits.imbalance:
+        times = n.max() / max(n.min(), 1)
+        yield _finding("class_imbalance", "", f"{n.idxmax()} has {times:.1f} times as many pictures as "
                        f"{n.idxmin()}: " + ", ".join(f"{c} {k}" for c, k in n.items()))
     for c, k in n.items():
         if k < limits.few:
             yield _finding("few_images", "", f"class {c} has {k} pictures, {limits.few} are a usable least")
-    for split, labels in m.readable[m.readable.split != ""].groupby("split").label:
-        for c in sorted(set(m.classes) - set(labels)):
+    for split, rows in m.readable[m.readable.split != ""].groupby("split"):
+        there = _counted(rows, m)
+        for c in sorted(set(m.classes) - set(there.index[there > 0])):
             yield _finding("split_without_class", "", f"the published split {split} has no picture of class {c}")
 
 # %% ../../nbs/13_data.audit.ipynb #7a7dda3f
@@ -226,6 +236,7 @@ def _shortcuts(m, limits):
     t = m.readable
     t = t[t.split == "Training"] if (t.split == "Training").any() else t
     tasks = {"the class": t.label}
+    if m.task == "labels": tasks = {c: t.path.map(dict(zip(m.table.path, m.holds(c)))) for c in m.order}
     if "no_tumor" in set(t.label) and t.label.nunique() > 2:
         tasks["tumour or not"] = t.label.where(t.label == "no_tumor", "tumor")
     for name, value in _ATTRIBUTES.items():
@@ -292,7 +303,8 @@ def plot_counts(
     ax:Axes|None=None, # where to draw; a new figure when None
 )->Axes: # bars by class, the splits stacked
     "Pictures of each class in each published split"
-    n = pd.crosstab(manifest.table.label, manifest.table.split.replace("", "no split"))
+    n = pd.DataFrame({s: _counted(rows, manifest) for s, rows in
+                      manifest.table.groupby(manifest.table.split.replace("", "no split"))}).fillna(0).astype(int)
     n = n[[s for s in ("Training", "validation", "Testing", "no split") if s in n]]
     with style():
         ax = ax or plt.subplots(figsize=(6, 2.8))[1]

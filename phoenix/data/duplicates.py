@@ -358,7 +358,7 @@ def leak_counts(
     count = lambda rows: dict(testing=int((test & rows).sum()), **{k: int((h & rows).sum()) for k, h in hits.items()})
     total = count(np.ones(len(table), dtype=bool))
     return total | dict(training=int(((table.split == "Training") & (table.problem == "")).sum()), hamming=hamming,
-                        by_class={c: count((table.label == c).to_numpy()) for c in manifest.classes})
+                        by_class={c: count(manifest.holds(c)) for c in manifest.classes})
 
 # %% ../../nbs/14_data.duplicates.ipynb #9517919d
 def label_conflicts(

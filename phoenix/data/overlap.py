@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from .acquire import Manifest, build_manifest, normalise_class
+from .acquire import Manifest, build_manifest, normalise_class, write_classes
 from .hashes import thumbnail
 from .pixels import read_pixels
 from ..plots import class_colour, show_grid, style
@@ -116,8 +116,12 @@ def union(
         parts.append(_named(name, m, first))
         first = max([first, *parts[-1].fold.dropna()])
     rows = pd.concat(parts, ignore_index=True)
+    if len({(m.task, m.order) for m in manifests.values()}) > 1:
+        raise OverlapError("Sets of a union must declare the same classes in one order, or none, these differ; read "
+                           "them one by one")
     if grain == "tumour": rows["label"] = rows.label.replace(dict.fromkeys(TUMOURS, "tumor"))
     _fill(Path(folder), rows, {n: Path(m.root) for n, m in manifests.items()})
+    write_classes(next(iter(manifests.values())), folder)
     made = build_manifest(folder, source=" + ".join(manifests), workers=workers, progress=False)
     looks = {sha: x for m in manifests.values() for sha, x in m.looks.items()}
     return replace(made, synthetic=any(m.synthetic for m in manifests.values()), looks=looks)

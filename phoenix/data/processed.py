@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from .acquire import Manifest
+from .acquire import Manifest, write_classes
 from .pixels import pixels_sha256, read_pixels
 from .preprocess import Preprocess
 from ..records import hash_json, read_json, sha256_file, write_json, write_text
@@ -92,6 +92,7 @@ def write_processed(
         make = lambda r: _write_png(manifest.root, r, preprocess, new/names[r.path])
         sums = list(tqdm(pool.map(make, rows.itertuples()), "preprocessing", len(rows), disable=not progress))
         write_text(new/"manifest.csv", _table(rows, names))
+        write_classes(manifest, new)
         bad = manifest.table[manifest.table.problem != ""]
         write_json(new/"preprocess.json", recipe | dict(images=len(rows), left_out=list(zip(bad.path, bad.problem)),
                    names=sorted(names.values()), files_sha256=hash_json(dict(zip(names.values(), sums)))))

@@ -372,6 +372,9 @@ def run_probes(
     seed:int=42, # of folds, models and intervals
 )->list[Probe]: # one for each probe and question that the set has labels for
     "Each probe for each question"
+    if manifest.task == "labels":
+        raise ShortcutError("a probe asks for one class a picture, this set has several labels: ask for one of them, "
+                            "with a manifest whose label says whether it is there")
     table = _rows(manifest, split)
     labels = set(table.label)
     one_each = pd.DataFrame(dict(label=sorted(labels)))

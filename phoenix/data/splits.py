@@ -6,8 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/data.splits.html.md"""
 
 # %% auto #0
 __all__ = ['SEARCH', 'SplitError', 'group_rows', 'unit_rows', 'plot_components', 'split_grouped', 'split_folds', 'split_column',
-           'split_published', 'split_pictures', 'drop_crossings', 'Certificate', 'prove', 'sides_of_folds', 'certify',
-           'make_split', 'plot_split', 'Verification', 'verify_certificate']
+           'split_published', 'split_pictures', 'split_official', 'drop_crossings', 'Certificate', 'prove',
+           'sides_of_folds', 'certify', 'make_split', 'plot_split', 'Verification', 'verify_certificate']
 
 # %% ../../nbs/15_data.splits.ipynb #261239f0
 from collections.abc import Iterable, Mapping
@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 
 import phoenix
 from .acquire import Manifest, build_manifest
+from .organs import label_matrix
 from .duplicates import Look, bonds, by_hash, cluster, find_pairs, look_at
 from .pixels import to_uint8
 from ..keys import permutation
@@ -133,22 +134,71 @@ def _deal(counts, shares, order):
     for u in range(len(kinds)): side[order[kind[order] == u]] = np.repeat(range(len(shares)), stock[:, u])
     return side
 
+# %% ../../nbs/15_data.splits.ipynb #65ee0a1a
+def _present(manifest, paths):
+    "Paths × labels, whether each is present"
+    text = manifest.table.set_index("path").label.loc[paths]
+    return pd.DataFrame(label_matrix(text, manifest.order) == 1, index=paths, columns=list(manifest.order))
+
+
+def _label_table(manifest, groups):
+    "Groups × (labels + files with unknown ones + total) counts of files"
+    blank = manifest.table.set_index("path").label.loc[groups.index].str.contains("?", regex=False)
+    table = _present(manifest, groups.index).assign(**{"?": blank}).groupby(groups.to_numpy()).sum()
+    return table.assign(**{"": groups.value_counts()}).sort_index()
+
+
+def _best_change(x, gap, side, g, most):
+    "Fall of the objective, new side and partner (or -1) of the best move or swap of one group"
+    best, here = (-1e-12, -1, -1), gap[side[g]]
+    for t in range(len(gap)):
+        if t == side[g]: continue
+        others = np.flatnonzero(side == t)
+        others = others[::max(1, len(others)//most)]
+        come = np.concatenate([np.zeros((1, x.shape[1])), x[others]]) - x[g]
+        change = ((here + come)**2 + (gap[t] - come)**2).sum(axis=1) - (here**2 + gap[t]**2).sum()
+        k = int(change.argmin())
+        if change[k] < best[0]: best = change[k], t, int(others[k - 1]) if k else -1
+    return best
+
+# %% ../../nbs/15_data.splits.ipynb #49cfada5
+def _deal_labels(counts, shares, order, most=256, passes=20):
+    "Side of each group `(G,)` from label counts `(G,K+1)`: greedy, the rarest label first, then moves and swaps"
+    x, n = counts/np.maximum(counts.sum(axis=0), 1), counts[:, :-1]
+    rare = np.where(n > 0, n.sum(axis=0), np.inf).min(axis=1, initial=np.inf)
+    gap, side = -np.outer(shares, np.ones(counts.shape[1])), np.full(len(counts), -1)
+    for g in order[np.argsort(rare[order], kind="stable")]:
+        side[g] = np.argmin(((gap + x[g])**2 - gap**2).sum(axis=1))
+        gap[side[g]] += x[g]
+    for _ in range(passes):
+        before = side.copy()
+        for g in order:
+            _, t, other = _best_change(x, gap, side, g, most)
+            if t < 0: continue
+            come, s = (x[other] if other >= 0 else 0) - x[g], side[g]
+            gap[s], gap[t], side[g] = gap[s] + come, gap[t] - come, t
+            if other >= 0: side[other] = s
+        if (side == before).all(): break
+    return side
+
 # %% ../../nbs/15_data.splits.ipynb #de8d8c5f
 def _split(manifest, groups, names, shares, seed, purpose):
     "Path → name of its side"
     labels = manifest.table.set_index("path").label
     missing = [p for p in groups.index if p not in labels.index]
     if missing: raise SplitError(f"Groups must name files of the manifest, got {missing[0]}; make both from one set")
-    table = _class_table(groups, labels)
-    few = (table > 0).sum()
+    several = manifest.task == "labels"
+    table = _label_table(manifest, groups) if several else _class_table(groups, labels)
+    few = (table[[""]] if several else table).gt(0).sum()
     few = few[few < len(names)]
     if len(few):
         raise SplitError(f"Each class needs {len(names)} groups or more to be on {len(names)} sides, got {few.iloc[0]} "
                          f"of {few.index[0] or 'all classes'}; use fewer sides, the authors' folds, or more data")
     shuffled = permutation(len(table), seed, purpose)
     order = shuffled[np.argsort(-table[""].to_numpy()[shuffled], kind="stable")]
-    side = pd.Series(_deal(table.to_numpy(), np.asarray(shares), order), index=table.index)
-    result = groups.map(side)
+    deal = _deal_labels if several else _deal
+    result = groups.map(pd.Series(deal(table.to_numpy(), np.asarray(shares), order), index=table.index))
+    if several: return result.map(dict(enumerate(names))).sort_index()
     empty = pd.crosstab(result, labels.loc[groups.index]).reindex(range(len(names)), fill_value=0).eq(0).stack()
     if empty.any():
         s, c = empty[empty].index[0]
@@ -229,6 +279,24 @@ def split_pictures(
     place = np.argsort(permutation(len(paths), seed, "pictures"))/len(paths)
     side = np.select([place < fractions[2], place < fractions[1] + fractions[2]], ["test", "valid"], "train")
     return pd.Series(side, index=paths, name="side")
+
+# %% ../../nbs/15_data.splits.ipynb #a7642115
+def split_official(
+    manifest:Manifest, # of a set with the splits 'Training' and 'Testing'
+    groups:pd.Series, # path → group number, from `group_rows`
+    valid:float=.15, # share of Training that becomes the valid side, where the authors name none
+    seed:int=42, # breaks ties
+)->pd.Series: # path → side; pictures on no list are left out, twins across sides still to be dropped
+    "The authors' test list, and valid pictures by group"
+    if not 0 < valid < 1: raise SplitError(f"valid must lie between 0 and 1, got {valid}; 0.15 is usual")
+    rows = manifest.readable.set_index("path").split
+    side = rows.map({"Training": "train", "Testing": "test", "validation": "valid"}).dropna().astype(object)
+    if not {"train", "test"} <= set(side):
+        raise SplitError(f"An official split needs Training and Testing, got {sorted(set(rows))}; use split_grouped")
+    own = groups.loc[side.index[side == "train"]]
+    if not (side == "valid").any():
+        side[own.index] = _split(manifest, own, ("train", "valid"), (1 - valid, valid), seed, "official")
+    return side.rename("side").sort_index()
 
 # %% ../../nbs/15_data.splits.ipynb #dd8aa5fe
 _ORDER = {"train": 0, "valid": 1, "test": 2} # the later side keeps its rows
@@ -330,6 +398,7 @@ def prove(
 
 # %% ../../nbs/15_data.splits.ipynb #ebdd9b39
 _RULES = dict(grouped=("fractions", "seed"), folds=("n", "seed"), column=("test_folds", "valid_folds"),
+              official=("valid", "seed"),
               published=("valid", "seed"), pictures=("fractions", "seed"))
 _LEAKY = ("published", "pictures")
 
@@ -353,7 +422,8 @@ def _remake(manifest, pairs, rule, parameters):
     if rule == "column": return split_column(manifest, **options)
     if rule in _LEAKY: return (split_published if rule == "published" else split_pictures)(manifest, **options)
     groups = group_rows(manifest, pairs)
-    if rule == "grouped": return split_grouped(manifest, groups, **options)
+    if rule in ("grouped", "official"):
+        return (split_grouped if rule == "grouped" else split_official)(manifest, groups, **options)
     folds = split_folds(manifest, groups, **options)
     return sides_of_folds(folds, parameters["fold"]) if parameters.get("fold") is not None else folds
 
@@ -385,6 +455,13 @@ def _refuse_crossings(proof, group, side):
     raise SplitError(f"No group, patient or author's fold may stand on two sides, got {bad}"
                      f"{', for example ' + shown if shown else ''}; split by group_rows, or apply drop_crossings first")
 
+# %% ../../nbs/15_data.splits.ipynb #10cf6d69
+def _side_counts(manifest, side):
+    "Side → class → files; with several labels to a file, those on which each is present"
+    if manifest.task == "labels": table = _present(manifest, side.index).groupby(side.to_numpy()).sum()
+    else: table = pd.crosstab(side, manifest.table.set_index("path").label[side.index])
+    return {s: r.to_dict() for s, r in table.iterrows()}
+
 # %% ../../nbs/15_data.splits.ipynb #96cc7862
 SEARCH = dict(hamming=5, correlation=.95, views="all") # the least that a duplicate search must do
 _PACKAGES = ("numpy", "pillow", "scipy", "imagehash")
@@ -393,12 +470,11 @@ _PACKAGES = ("numpy", "pillow", "scipy", "imagehash")
 def _certificate(manifest, pairs, side, rule, parameters, group, proof):
     "The certificate of an assignment that was found safe, or is published"
     rows, sure = manifest.table.sort_values("path"), bonds(pairs)[bonds(pairs).confirmed]
-    counts = pd.crosstab(side, rows.set_index("path").label[side.index])
     return Certificate(
         manifest_sha256=manifest.sha256, source=manifest.source,
         kind="published" if rule in _LEAKY else "certified", rule=rule, parameters=parameters,
         files=_file_rows(manifest), assignment=side.to_dict(), left_out=_reasons_left_out(rows, side, group),
-        groups=group.to_dict(), counts={s: r.to_dict() for s, r in counts.iterrows()}, proof=proof,
+        groups=group.to_dict(), counts=_side_counts(manifest, side), proof=proof,
         edges=[[r.a, r.b, r.kind, int(r.distance), r.view, round(float(r.score), 6)] for r in sure.itertuples()],
         versions={"phoenix": phoenix.__version__} | {p: version(p) for p in _PACKAGES})
 
@@ -407,7 +483,7 @@ def certify(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs` on all of it
     assignment:pd.Series, # path → side
-    rule:str, # 'grouped', 'folds', 'column', 'published', 'pictures', or a name of one's own
+    rule:str, # 'grouped', 'folds', 'column', 'official', 'published', 'pictures', or a name of one's own
     parameters:Mapping[str,Any]|None=None, # of the rule, by the names of its function; and of the search
 )->Certificate: # of kind 'certified', or 'published' under the rules that leak
     "Prove that nothing crosses the sides of a split, or refuse it"
@@ -431,18 +507,18 @@ def make_split(
     manifest:Manifest, # of the set
     pairs:pd.DataFrame, # from `find_pairs`
     *,
-    rule:str="grouped", # 'grouped', 'folds', 'author' (the manifest's own folds), 'published' or 'pictures'
+    rule:str="grouped", # 'grouped', 'folds', 'author' (own folds), 'official' (own test list), 'published', 'pictures'
     fractions:tuple[float,float,float]=(.7, .15, .15), # of rules 'grouped' and 'pictures': train, valid, test
     n:int=5, # of rule 'folds': how many
     fold:int=0, # of rule 'folds': the one that is tested
     test_folds:Iterable[int]=(4,), # of rule 'author'
     valid_folds:Iterable[int]|None=None, # of rule 'author'; the largest that is not tested when None, none when empty
-    valid:float=.15, # of rule 'published': share of Training
+    valid:float=.15, # of rules 'official' and 'published': share of Training
     seed:int=42, # of the rules that draw
 )->Certificate: # of the split
     "Split a set by a named rule and certify it; author's folds give up training rows that cross"
     choices = dict(grouped=dict(fractions=fractions, seed=seed), folds=dict(n=n, fold=fold, seed=seed),
-                   author={}, column={}, published=dict(valid=valid, seed=seed),
+                   author={}, column={}, official=dict(valid=valid, seed=seed), published=dict(valid=valid, seed=seed),
                    pictures=dict(fractions=fractions, seed=seed))
     if rule not in choices:
         raise SplitError(f"rule must be one of {sorted(choices)}, got {rule!r}{did_you_mean(rule, choices)}")
@@ -453,7 +529,7 @@ def make_split(
         options = dict(test_folds=sorted(test_folds), valid_folds=sorted(valids))
         rule = "column"
     side = _remake(manifest, pairs, rule, options)
-    if rule == "column": side, _ = drop_crossings(manifest, pairs, side)
+    if rule in ("column", "official"): side, _ = drop_crossings(manifest, pairs, side)
     return certify(manifest, pairs, side, rule, options)
 
 # %% ../../nbs/15_data.splits.ipynb #61b6490b
@@ -615,8 +691,7 @@ def _check_rule(cert, manifest):
     if (cert.kind == "published") != (cert.rule in _LEAKY):
         yield f"kind {cert.kind!r} does not go with rule {cert.rule!r}"
     rows, side = manifest.readable.set_index("path"), pd.Series(cert.assignment).sort_index()
-    counts = pd.crosstab(side, rows.label[side.index])
-    if {s: r.to_dict() for s, r in counts.iterrows()} != cert.counts:
+    if _side_counts(manifest, side) != cert.counts:
         yield "the counts of the certificate are not those of its assignment"
     folded = side[((rows.patient == "") & rows.fold.notna())[side.index]]
     for fold, sides in folded.groupby(rows.fold[folded.index]).unique().items():

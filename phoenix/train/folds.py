@@ -233,6 +233,8 @@ def iter_folds(
     **options # of `train_classifier`
 )->Iterator[FoldRun]: # fold after fold, as each is done
     "Train and predict fold by fold"
+    if manifest.task == 'labels':
+        raise FoldError('cross-validation is for one class a picture, this set has several labels: train on one split')
     chosen = {k: repr(v) for k, v in options.items() if k not in _ASIDE}
     plan = dict(chosen, model=model, model_options=model_options or {}, seed=seed,
                 certificates=[c.sha256 for c in certificates])

@@ -30,7 +30,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.metrics import accuracy
+from .losses import accuracy, label_loss, present_weights
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from ..data.acquire import Manifest
@@ -277,7 +277,7 @@ def _network_choices(model, loss):
     weight = getattr(loss, 'weight', None)
     return (dict(model=type(model).__name__, layers=hashlib.sha256(layers.encode()).hexdigest()[:16],
                  loss=type(loss).__name__) | _named('loss', simple)
-            | {'loss.weight': None if weight is None else weight.tolist()})
+            | {'loss.weight': None if weight is None else weight.tolist()} | present_weights(loss))
 
 # %% ../../nbs/33_train.learner.ipynb #077ed89e
 def _named_one(what, got, names):
@@ -408,7 +408,7 @@ class EpochScores(Callback):
         if not self.outs: return math.nan, math.nan
         logits, targets = (torch.cat(o) for o in zip(*self.outs))
         with torch.no_grad(): loss = self.loss_func(logits, targets).item()
-        return loss, (logits.argmax(1) == targets).double().mean().item()
+        return loss, accuracy(logits, targets).item()
 
     def after_epoch(self):
         train, (valid, accuracy) = torch.stack(self.sums).sum().item() / self.seen, self.validated()
@@ -835,20 +835,26 @@ def plot_history(
 class Predictions:
     "Logits and labels of a loader's images, in the order of its rows"
     logits:np.ndarray # `(N,K)` float32
-    targets:np.ndarray # `(N,)` int64
+    targets:np.ndarray # classes `(N,)` int64, or labels `(N,K)` float32 with NaN where unknown
     rows:pd.DataFrame # manifest rows
     classes:list # names, in the order of the logits
 
     @property
-    def probs(self)->np.ndarray: # `(N,K)` float64, each row sums to 1
-        "Softmax of the logits"
+    def task(self)->str: # 'classes' or 'labels'
+        "Whether a picture has one class or any number of labels"
+        return 'labels' if self.targets.ndim == 2 else 'classes'
+
+    @property
+    def probs(self)->np.ndarray: # `(N,K)` float64, each row sums to 1 where pictures have one class
+        "Softmax of the logits, or the sigmoid of each where pictures have several labels"
+        if self.task == 'labels': return torch.from_numpy(self.logits).double().sigmoid().numpy()
         e = np.exp(self.logits.astype(np.float64) - self.logits.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
     @property
     def accuracy(self)->float: # share of right answers
-        "Share of images whose largest logit is the label's"
-        return float((self.logits.argmax(1) == self.targets).mean())
+        "Share of right answers, as `accuracy` counts them"
+        return float(accuracy(torch.from_numpy(self.logits), torch.from_numpy(self.targets)))
 
 # %% ../../nbs/33_train.learner.ipynb #08b0f77c
 def predict(
@@ -861,10 +867,10 @@ def predict(
         model.to(learn.dls.device).eval()
         outs = [(model(x.as_subclass(torch.Tensor)).float().cpu(), y.as_subclass(torch.Tensor).cpu()) for x, y in dl]
         model.train(was)
-    if not outs: return Predictions(np.zeros((0, len(learn.dls.vocab)), np.float32), np.zeros(0, np.int64), rows,
+    if not outs: return Predictions(np.zeros((0, len(learn.dls.vocab)), np.float32), dl.dataset.targets[:0], rows,
                                     list(learn.dls.vocab))
     logits, targets = (torch.cat(o).numpy() for o in zip(*outs))
-    return Predictions(logits, targets.astype(np.int64), rows, list(learn.dls.vocab))
+    return Predictions(logits, targets.astype(np.int64) if targets.ndim == 1 else targets, rows, list(learn.dls.vocab))
 
 # %% ../../nbs/33_train.learner.ipynb #4d50fbbc
 @dataclass(frozen=True)
@@ -887,7 +893,7 @@ def _auto_batch(learner, resume):
 
 def make_loss(
     name:str, # 'cross_entropy' or 'focal'
-    targets:np.ndarray, # classes of the training images `(N,)`
+    targets:np.ndarray, # classes of the training images `(N,)`, or their labels `(N,K)` with NaN where unknown
     n_classes:int, # number of classes
     *,
     weights:str='none', # 'none' or 'balanced': classes weigh in inverse proportion to their counts
@@ -897,6 +903,7 @@ def make_loss(
     if name not in (names := ('cross_entropy', 'focal')):
         raise TrainError(f'the loss must be one of {", ".join(names)}, got {name!r}{did_you_mean(name, names)}')
     if weights not in ('none', 'balanced'): raise TrainError(f"weights must be 'none' or 'balanced', got {weights!r}")
+    if np.ndim(targets) == 2: return label_loss(name, np.array(targets), weights, label_smoothing)
     w = class_weights(torch.tensor(np.array(targets)), n_classes) if weights == 'balanced' else None
     if name == 'focal': return Focal(alpha=w, label_smoothing=label_smoothing)
     return CrossEntropy(label_smoothing, w)
