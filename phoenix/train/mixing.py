@@ -39,11 +39,12 @@ def sample_losses(
 def label_weights(
     loss:Callable, # the loss
     targets:Tensor, # classes `(B,)`, or labels that don't exclude each other `(B,K)`
-)->Tensor|None: # `(B,1)`, None where the mean of the loss counts all samples alike
-    "What the mean of a loss counts each sample as"
+)->Tensor|None: # `(B,1)`, `(B,K)` where labels are unknown, None where the mean counts all alike
+    "What the mean of a loss counts each sample or label as"
     inner = getattr(loss, 'func', loss)
     weight = getattr(inner, 'weight', None)
-    if weight is None or isinstance(inner, Focal) or targets.ndim > 1: return None
+    if targets.ndim > 1: return targets.isfinite().float() if targets.isnan().any() else None
+    if weight is None or isinstance(inner, Focal): return None
     averages = isinstance(inner, (CrossEntropy, nn.CrossEntropyLoss, nn.NLLLoss))
     return weight[targets][:, None] if averages else None
 
