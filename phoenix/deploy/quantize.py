@@ -58,12 +58,13 @@ def float_nodes(
     path:str|Path, # file of `export_onnx`
     least:int=4, # input channels from which a convolution is worth quantising
 )->list[str]: # names of nodes
-    "Nodes to leave in float: whatever samples, and dense convolutions of very few channels"
+    "Nodes to leave in float: whatever samples, dense convolutions of very few channels, products of two tensors"
     g = onnx.load(path).graph
     shapes = {t.name:tuple(t.dims) for t in g.initializer}
     dense = [n for n in g.node if n.op_type=='Conv' and all(a.i==1 for a in n.attribute if a.name=='group')]
     thin = [n.name for n in dense if shapes.get(n.input[1], (0,least))[1]<least]
-    return [*sampling_nodes(path), *thin]
+    free = [n.name for n in g.node if n.op_type=='MatMul' and n.input[1] not in shapes]
+    return list(dict.fromkeys([*sampling_nodes(path), *thin, *free]))
 
 # %% ../../nbs/52_deploy.quantize.ipynb #e1f973d3
 def eight_bit_nodes(
