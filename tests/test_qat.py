@@ -12,8 +12,8 @@ from phoenix.deploy.quantize import quantize_int8, run_logits
 from phoenix.models.zoo import create_model
 
 slow = pytest.mark.slow
-NAMES = ['timm/test_efficientnet', *(pytest.param(n, marks=slow) for n in (
-    'neurosnake_tiny_ca', 'neurosnake_tiny_vit', 'neurosnake_tiny_kan', 'plain_tiny_se', 'cnn', 'resnet18',
+NAMES = [*(pytest.param(n, marks=slow) for n in (
+    'timm/test_efficientnet', 'neurosnake_tiny_ca', 'neurosnake_tiny_vit', 'neurosnake_tiny_kan', 'plain_tiny_se', 'cnn', 'resnet18',
     'mobilenetv3_small_100', 'densenet121', 'convnext_atto'))]
 
 
@@ -65,7 +65,7 @@ def test_every_node_is_simulated_and_the_file_has_the_form_of_ptq(name, tmp_path
     """Each layer, given what the file's node reads, makes what the node makes, within rounding of floats.
 
     Node by node, because a value on the border of two steps may fall to either side, and in an untrained network
-    such flips grow from layer to layer."""
+    such flips grow from layer to layer; the whole network is held to half of what rounding costs it."""
     x, net = patterns(16, 9), used(name)
     aware = AwareNetwork(net, x)
     g = torch.Generator().manual_seed(1)
@@ -87,4 +87,6 @@ def test_every_node_is_simulated_and_the_file_has_the_form_of_ptq(name, tmp_path
         assert want.shape == got.shape and np.abs(want - got).max() < 1e-4*np.abs(want).max() + 1e-6, m.place
     with torch.no_grad(): here = aware(torch.from_numpy(x)).numpy()
     there, plain = (run_logits(tmp_path/f, x) for f in ('aware.onnx', 'a.onnx'))
-    print(name, 'file to simulation', np.square(there - here).mean()**.5, 'to float', np.square(there - plain).mean()**.5)
+    noise = [float(np.sqrt(np.square(there - o).mean())) for o in (here, plain)]
+    print(name, 'file to simulation', noise[0], 'to float', noise[1])
+    assert noise[0] < .5*noise[1]
