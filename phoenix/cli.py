@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
-           'watch', 'evaluate', 'cross_validation', 'compare_networks', 'parameter_search', 'export', 'quantize',
+           'watch', 'evaluate', 'cross_validation', 'compare_networks', 'parameter_search', 'export', 'quantize', 'qat',
            'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
@@ -763,6 +763,54 @@ def quantize(
         parity = certify_int8(float_file, path, held_out, _targets(package, test), test.group.to_numpy())
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
+
+# %% ../nbs/91_cli.ipynb #ed224976
+def _retrain(package, folder, certificate, epochs, lr, images, seed):
+    "A package's network trained on with the roundings of its 8-bit file, and its scores on validation images"
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.loaders import make_loaders
+    from phoenix.data.splits import Certificate
+    from phoenix.deploy.qat import train_aware
+    from phoenix.evaluate.metrics import scores
+    from phoenix.keys import permutation, set_threads
+    from phoenix.train.learner import make_learner, predict
+    train, s = _part(folder, certificate, "train"), load_settings()
+    set_threads(s.threads)
+    chosen = train.path.iloc[permutation(len(train), seed, "calibration")[:images]]
+    dls = make_loaders(build_manifest(folder), Certificate.load(certificate), package.preprocess, seed=seed,
+                       batch_size=s.batch_size, cache_dir=s.cache_dir, progress=False)
+    learn = make_learner(dls, package.model(), seed=seed)
+    aware, history = train_aware(learn, package.images([Path(folder)/p for p in chosen]), epochs, lr=lr,
+                                 progress=False)
+    learn.model = aware
+    seen = predict(learn, dls.valid)
+    return aware, scores(seen.probs, seen.targets, seen.classes) if len(seen.targets) else history.best
+
+# %% ../nbs/91_cli.ipynb #1b0a468c
+@command(app, "qat", "phoenix qat runs/train-…/model data/raw/phantom split.json runs/model-qat --epochs 5")
+def qat(
+    model:Path, # model folder
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    into:Path, # model folder to make
+    epochs:int=5, # passes over the training images
+    lr:float=1e-4, # peak learning rate
+    images:int=128, # training images that give the first ranges
+    seed:int=42, # which of them, and the order of training
+)->Reply: # agreement, accuracy change with its interval, sizes; code 1 when the certificate is not ok
+    "Train on with the roundings of INT8 inside, into a model folder with both files"
+    from phoenix.deploy.package import load_package
+    from phoenix.deploy.qat import package_aware
+    package = load_package(model)
+    if into.exists() and any(into.iterdir()):
+        raise PhoenixError(f"The model must go to a folder of its own, but {into.name!r} has content; choose another")
+    aware, metrics = _retrain(package, folder, certificate, epochs, lr, images, seed)
+    test = _part(folder, certificate, "test")
+    parity = package_aware(package, aware, into, package.images([Path(folder)/p for p in test.path]),
+        _targets(package, test), test.group.to_numpy(), metrics=metrics,
+        run_hash=f"{package.info['run_hash']}, qat {epochs} epochs, lr {lr:g}, seed {seed}")
+    table = lines([dict(what=k, value=str(v)) for k, v in parity.items()])
+    return Reply(parity | dict(model=str(into)), f"{table}\nmodel in {into}", int(not parity["ok"]))
 
 # %% ../nbs/91_cli.ipynb #8933afea
 @command(app, "bench", "phoenix bench runs/train-…/model image.png --runs 100")

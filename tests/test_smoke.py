@@ -39,7 +39,7 @@ def test_mistyped_parameter_is_refused(tmp_path):
     assert done.returncode == 2 and "did you mean 'epochs'" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["doctor", "train", "watch", "folds", "search", "compare", "evaluate", "export", "quantize", "bench", "predict", "run", "verify",
+@pytest.mark.parametrize("command", ["doctor", "train", "watch", "folds", "search", "compare", "evaluate", "export", "quantize", "qat", "bench", "predict", "run", "verify",
                                      "data acquire", "data audit", "data duplicates", "data patients", "data slices", "split make",
                                      "split verify", "data shortcuts", "vault seal", "vault look", "vault verify"])
 def test_help_has_an_example(command, tmp_path):

@@ -399,7 +399,7 @@ def _tap_product(m:DynamicSnakeConv, weight:Tensor, shift:Tensor)->nn.Linear:
 def _exported_snakes(m:DynamicSnakeConv, x:Tensor, offsets:Tensor|None)->Tensor:
     "The snakes of an exported layer, with their part of the norm inside"
     geo, P = m.geometry, len(m.geometry.lines)
-    if isinstance(m.taps, nn.Linear):
+    if not isinstance(m.taps, _Taps):
         tables = m.taps(x.permute(0,2,3,1).reshape(-1, x.shape[1]))
         tables = tables.view(-1, x.shape[2]*x.shape[3], P, m.kernel_size, m.width)
         return _matrix_lines(tables, x.shape[2:], offsets, geo)
