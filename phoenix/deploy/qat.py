@@ -74,7 +74,8 @@ def round_weight(
     step = torch.where(step<TINY, 1., step)
     if bias is not None: step = torch.maximum(step, 1.0001*bias.detach().abs()/(2**31-1)/step_in)
     zero = torch.zeros_like(step, dtype=torch.int32)
-    w = torch.fake_quantize_per_channel_affine(w, step, zero, 0, -128, 127)
+    steps = step.view(-1, *[1]*(w.ndim-1)) # divided by, as in the file; torch's own multiplies by the inverse
+    w = w + ((w/steps).round()*steps - w).detach()
     if bias is None: return w, None
     return w, torch.fake_quantize_per_channel_affine(bias, step*step_in, zero, 0, 1-2**31, 2**31-1)
 
