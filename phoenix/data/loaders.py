@@ -333,7 +333,8 @@ def _label_sets(manifest:Manifest, certificate:Certificate, cache:Cache, seed:in
         order = np.arange(len(rows))
         if shuffle_labels and split != 'test': order = permutation(len(rows), seed, f'labels.{split}')
         around = neighbours(rows, slices) if slices != 1 and len(rows) else None
-        sets.append(LabelSlices(cache, rows.assign(shown=rows.label.to_numpy()[order]), manifest.classes, split, around))
+        rows = rows.assign(shown=rows.label.to_numpy()[order])
+        sets.append(LabelSlices(cache, rows, manifest.classes, split, around))
     return sets
 
 # %% ../../nbs/19_data.loaders.ipynb #5f4b34ef
