@@ -18,7 +18,12 @@ def phoenix(*args, cwd):
     return subprocess.run([PHOENIX, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("nb", experiments(), ids=lambda nb: nb.name)
+def smokes():
+    "Every experiment; the benchmarks' smoke runs at night"
+    return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if nb.name[0] == "b" else ()) for nb in experiments()]
+
+
+@pytest.mark.parametrize("nb", smokes())
 def test_smoke_run_is_sealed(nb, tmp_path):
     done = phoenix("run", str(nb.path), "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
