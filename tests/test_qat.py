@@ -33,8 +33,9 @@ def used(name):
             m.momentum = None
             nn.init.normal_(m.bias, std=.1)
         elif getattr(m, 'bias', None) is not None: nn.init.normal_(m.bias, std=.1)  # one of zeros is left out of a file
-        if isinstance(m, nn.LayerNorm): nn.init.normal_(m.weight, 1, .1)  # equal constants are one constant in a file
     with torch.no_grad():
+        for p in net.parameters():  # equal constants are one constant in a file: norms and layer scales as after a training
+            if p.ndim == 1 and (p == p[0]).all(): p.mul_(1 + .1*torch.randn(p.shape))
         for i in range(2): net(torch.from_numpy(patterns(8, i)))
     return net.eval()
 
