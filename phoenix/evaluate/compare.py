@@ -42,6 +42,7 @@ class Comparison:
     cells:pd.DataFrame # model, seed, fold, value of the first score: one row for each training
     paired:pd.DataFrame # model, against, difference, low, high, detectable, p, p_holm
     stats:tuple # names of the scores; the first is tested
+    level:float # coverage of the intervals
 
     @property
     def models(self)->list[str]: # the first is the reference
@@ -125,7 +126,7 @@ def compare(
     cells = _cell_table(probs, targets, folds, stats[0])
     paired = _paired_table(probs, targets, groups, cells, next(iter(probs)), sizes, stats[0], **how)
     return Comparison(first.classes, probs, targets, groups, folds,
-                      _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats))
+                      _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats), level)
 
 # %% ../../nbs/47_evaluate.compare.ipynb #18746639
 def front(

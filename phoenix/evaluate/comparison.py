@@ -29,12 +29,12 @@ def verdicts(
     alpha:float=.05, # level of the corrected tests
 )->list[str]: # one sentence for each comparison
     "Each difference in words, without claiming more than its interval and its test"
-    return [_verdict(r, alpha) for r in comparison.paired.to_dict('records')]
+    return [_verdict(r, alpha, comparison.level) for r in comparison.paired.to_dict('records')]
 
 
-def _verdict(r, alpha):
+def _verdict(r, alpha, level):
     "One difference as a sentence"
-    value = Interval(r['difference'], r['low'], r['high'], 0, .95)
+    value = Interval(r['difference'], r['low'], r['high'], 0, level)
     who = f"{r['model']} minus {r['against']}: {show(value, 'points')}"
     if r['low'] <= 0 <= r['high']:
         return f"{who}; no difference is shown, {100*r['detectable']:.1f} points are the least this set would find"
@@ -46,11 +46,11 @@ def _verdict(r, alpha):
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
     t = comparison.scores
-    shown = [show(Interval(r['mean'], r.low, r.high, 0, .95), '%') for _, r in t.iterrows()]
+    shown = [show(Interval(r['mean'], r.low, r.high, 0, comparison.level), '%') for _, r in t.iterrows()]
     wide = t.assign(shown=shown).pivot(index='model', columns='score', values='shown')
     wide = wide.loc[comparison.models, list(comparison.stats)].reset_index()
     recall = class_recall(comparison).reset_index(names='model')
-    tables = [Table(wide, 'Mean over seeds, 95 % interval by group'),
+    tables = [Table(wide, f'Mean over seeds, {100*comparison.level:g} % interval by group'),
               Table(recall, 'Recall of each class, mean over seeds'),
               Table(comparison.paired, f'Differences of {comparison.stats[0].replace("_", " ")}, as shares')]
     return tables + ([] if costs is None else [Table(costs, 'What each network costs')])
@@ -99,7 +99,7 @@ def comparison_report(
     "Everything the page shows"
     c, stat = comparison, comparison.stats[0].replace('_', ' ')
     t = c.scores.query('score == @comparison.stats[0]').set_index('model').loc[c.models]
-    top = [Headline(f'{stat}, {m}', Interval(r['mean'], r.low, r.high, 0, .95), '%') for m, r in t.iterrows()]
+    top = [Headline(f'{stat}, {m}', Interval(r['mean'], r.low, r.high, 0, c.level), '%') for m, r in t.iterrows()]
     curves = [draw(partial(plot_curves, histories), 'Training loss.')] if histories else []
     fronts = {k: front(c, costs, k) for k in ([] if costs is None else costs) if k != 'model'}
     text = [f'{len(c.targets)} pictures in {len(set(c.groups.tolist()))} groups, {len(set(c.folds.tolist()))} tested '
