@@ -336,7 +336,7 @@ def data_shortcuts(
 def split_make(
     folder:Path, # raw folder
     output:Path=Path("split.json"), # the certificate to write
-    rule:str="grouped", # 'grouped', 'folds', 'author' (the manifest's own folds), 'published' or 'pictures' (both leak)
+    rule:str="grouped", # 'grouped', 'folds', 'author', 'official' (own test list), or 'published', 'pictures' (leak)
     fold:int=0, # test fold of the rule 'folds'; the next one validates
     test_folds:str="4", # test folds of the rule 'author'
     seed:int=42, # root of the draw

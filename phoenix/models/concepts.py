@@ -25,6 +25,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor, nn
 
 from ..data.concepts import ConceptError, ConceptSet
@@ -117,12 +118,6 @@ def tcav_score(
     return float((grads.double()@torch.as_tensor(v, dtype=torch.float64)>0).double().mean())
 
 # %% ../../nbs/26a_models.concepts.ipynb #4b8d7a55
-def _holm(p:np.ndarray)->np.ndarray:
-    "Adjusted p-values of Holm (1979)"
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate((len(p)-np.arange(len(p)))*p[order])
-    return np.minimum(stepped, 1)[np.argsort(order)]
-
 def _p_value(scores:np.ndarray, null:np.ndarray)->float:
     "Two-sided p-value of Welch's t-test; 1 where both sides are the same constant, 0 where they are different ones"
     if scores.std()==0 and null.std()==0: return float(scores[0]==null[0])
@@ -175,7 +170,7 @@ def tcav(
     null = np.array([tcav_score(grads, direction(a, b, kind)) for (a,_),(b,_) in zip(others, [*others[1:], others[0]])])
     rows, scores, worths = zip(*[_concept_row(n, f, others, grads, null, kind) for n,f in feats.items()])
     table = pd.DataFrame(rows)
-    table['p_holm'] = _holm(table.p.to_numpy())
+    table['p_holm'] = multipletests(table.p, method='holm')[1]
     table['verdict'] = [_verdict(w, p, alpha) for w,p in zip(worths, table.p_holm)]
     table.loc[table.verdict.eq('no direction'), ['score', 'sd', 'p', 'p_holm']] = np.nan
     return Tcav(table, dict(zip(feats, scores)), null, target, layer)

@@ -12,7 +12,7 @@ __all__ = ['PretrainError', 'negative_cosine', 'SimSiamLoss', 'SimSiam', 'head_n
 # %% ../../nbs/38_train.pretrain.ipynb #55b9c306
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +136,8 @@ class TwoViews:
         side:int=224, # side of the images, pixels
     )->'TwoViews': # views that share the anatomy and little else
         "Wide turns, sizes, shifts and grey scales, mirror and noise"
-        s = side/224
         wide = dict(rotate=20., scale=.25, shift=.12, bias=.5, gain=.3, gamma=.6, noise=(.01, .05), mirror=.5)
-        return cls(Augment(alpha=(30.*s*s, 40.*s*s), sigma=max(5.*s, .5), p_affine=1., p_intensity=.8, p_noise=.5,
-                           **wide))
+        return cls(replace(Augment.default(side), p_affine=1., p_intensity=.8, p_noise=.5, **wide))
 
 # %% ../../nbs/38_train.pretrain.ipynb #5a06123b
 @dataclass(frozen=True)
