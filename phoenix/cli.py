@@ -453,8 +453,9 @@ def _train(run, manifest, cert, s, how, devices=1):
     trained, published_split = _trained(run, manifest, cert, s, how, devices), how["published_split"]
     found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
                                                                        test=trained.test).items() if len(p.targets)}
-    seen = _look(cert, trained.test.rows, trained.test.probs, trained.test.classes, f"{s.model}, seed {s.seed}",
-                 who="phoenix train", run=run)
+    test = trained.test
+    seen = _look(cert, manifest, test.rows, test.probs, test.classes, f"{s.model}, seed {s.seed}", who="phoenix train",
+                 run=run)
     run.record(**found, looks=seen.number)
     if published_split: run.note_published_split()
     save_package(run.file("model"), model_name=s.model,
@@ -490,11 +491,10 @@ def _recipe(s):
                 warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta, cache_dir=s.cache_dir)
 
 # %% ../nbs/91_cli.ipynb #fd85d9a9
-def _look(cert, rows, probs, classes, why, **how):
+def _look(cert, manifest, rows, probs, classes, why, **how):
     "A look at the test labels of a certificate, counted in the folder of runs"
     from phoenix.evaluate.vault import predictions_of, test_vault
-    labels = dict(zip(rows.path, rows.label))
-    vault = test_vault(cert, labels, load_settings().runs_dir, classes=list(classes))
+    vault = test_vault(cert, manifest, load_settings().runs_dir, classes=list(classes))
     return vault.look(predictions_of(rows.path, probs, classes), why=why, **how)
 
 # %% ../nbs/91_cli.ipynb #237b6744
@@ -541,16 +541,15 @@ def evaluate(
     bootstraps:int=2000, # resamples of the interval
 )->Reply: # scores per class and macro, with grouped intervals
     "Score a model folder on one part of a certified split"
-    from phoenix.data.splits import Certificate
     from phoenix.deploy.package import load_package
     from phoenix.evaluate.metrics import scores
     from phoenix.evaluate.statistics import bootstrap
-    package, rows = load_package(model), _part(folder, certificate, part)
+    package, (manifest, cert) = load_package(model), _held(folder, certificate)
+    rows = _rows(manifest, cert, part)
     probs, targets = package.probs(_files(package, folder, rows), runtime), _targets(package, rows)
     if part == "test":
         why = f"{Path(model).parent.name}, {runtime}"
-        seen = _look(Certificate.load(certificate), rows, probs, package.classes, why, n=bootstraps,
-                     who="phoenix evaluate")
+        seen = _look(cert, manifest, rows, probs, package.classes, why, n=bootstraps, who="phoenix evaluate")
         found = dict(seen.scores, intervals=seen.intervals, looks=seen.number)
     else:
         spans = {k: bootstrap(k, probs, targets, rows.group.to_numpy(), n=bootstraps) for k in ("accuracy", "macro_f1")}
@@ -562,18 +561,26 @@ def evaluate(
     return Reply(dict(part=part, runtime=runtime, **found), f"{text}\n\n{classes}")
 
 # %% ../nbs/91_cli.ipynb #dbfc6815
-def _part(folder, certificate, part):
-    "Path, label and group of one part of a split that holds"
+def _held(folder, certificate):
+    "Manifest and certificate of a folder that is as it was certified"
     from phoenix.data.acquire import build_manifest
     from phoenix.data.splits import Certificate
     cert, manifest = Certificate.load(certificate), build_manifest(folder)
     if cert.manifest_sha256 != manifest.sha256:
         raise PhoenixError("The certificate must speak of this folder, but its files changed; run `phoenix split "
                            "make` again")
+    return manifest, cert
+
+
+def _rows(manifest, cert, part):
+    "Rows of one part of a split, each with the unit that an interval resamples"
     parts = sorted(set(cert.assignment.values()))
     if part not in parts: raise PhoenixError(f"The part must be one of {parts}, got {part!r}; name one of them")
     rows = manifest.table[manifest.table.path.map(cert.assignment).eq(part)]
-    return rows.assign(group=rows.path.map(cert.groups))
+    return rows.assign(group=rows.path.map(cert.units(manifest)))
+
+
+def _part(folder, certificate, part): return _rows(*_held(folder, certificate), part)
 
 
 def _files(package, folder, rows):

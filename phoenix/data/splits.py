@@ -344,6 +344,17 @@ class Certificate:
         "Files on one side"
         return sorted(p for p, s in self.assignment.items() if s == side)
 
+    @property
+    def pairs(self)->pd.DataFrame: # a, b, confirmed; as `find_pairs` gives them
+        "The edges as confirmed pairs"
+        return pd.DataFrame([e[:2] for e in self.edges], columns=["a", "b"]).assign(confirmed=True)
+
+    def units(self,
+        manifest:Manifest, # of the same set
+    )->pd.Series: # path → unit number
+        "What an interval resamples: `unit_rows` of the certificate's own edges"
+        return unit_rows(manifest, self.pairs)
+
     def save(self,
         path:Path, # JSON file to write
     )->Path: # the same path
@@ -697,8 +708,7 @@ def _check_rule(cert, manifest):
     for fold, sides in folded.groupby(rows.fold[folded.index]).unique().items():
         if len(sides) > 1 and cert.kind != "published":
             yield f"the authors' fold {fold} stands on two sides: {', '.join(sorted(sides))}"
-    edges = pd.DataFrame([e[:2] for e in cert.edges], columns=["a", "b"]).assign(confirmed=True)
-    made = _remake(manifest, edges, cert.rule, cert.parameters)
+    made = _remake(manifest, cert.pairs, cert.rule, cert.parameters)
     if made is not None and cert.versions.get("phoenix") == phoenix.__version__:
         other = side.index[side != made.astype(str).reindex(side.index)]
         if len(other): yield f"{len(other)} files are not where rule {cert.rule!r} puts them, first {other[0]}"

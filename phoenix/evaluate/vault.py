@@ -280,17 +280,17 @@ def _keep(run, receipt):
 # %% ../../nbs/46_evaluate.vault.ipynb #fb5956c3
 def test_vault(
     certificate:object, # a `Certificate`
-    labels:Mapping[str,str]|pd.Series, # path → label; those on its side are taken
+    manifest:object, # the `Manifest` it speaks of: labels, patients and series
     runs_dir:Path, # folder of run folders; the vault lies in `vaults` there
     *,
     side:str="test", # of the split
-    classes:list[str]|None=None, # order of predictions; sorted labels when None
+    classes:list[str]|None=None, # order of predictions; that of the manifest when None
 )->Vault: # the same one for the same certificate
     "The vault of one side of a certified split"
-    labels = dict(labels)
+    labels = dict(zip(manifest.table.path, manifest.table.label))
     mine = {p: labels[p] for p in certificate.paths(side)}
     path = Path(runs_dir)/"vaults"/f"{certificate.sha256[:16]}-{side}"
-    return Vault.seal(mine, path, classes=classes or sorted(set(labels.values())), groups=certificate.groups,
+    return Vault.seal(mine, path, classes=classes or manifest.classes, groups=certificate.units(manifest).to_dict(),
                       name=f"{certificate.source}, {certificate.kind} split, {side}")
 
 
