@@ -7,8 +7,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
-           'watch', 'evaluate', 'cross_validation', 'compare_networks', 'parameter_search', 'export', 'quantize', 'qat',
-           'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify']
+           'watch', 'evaluate', 'cross_validation', 'compare_networks', 'report_models', 'parameter_search', 'export',
+           'quantize', 'qat', 'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -582,7 +582,7 @@ def _rows(manifest, cert, part):
 
 def _part(folder, certificate, part): return _rows(*_held(folder, certificate), part)
 
-
+# %% ../nbs/91_cli.ipynb #e3ad3a45
 def _files(package, folder, rows):
     "The files of rows as a model takes them: one each, or with the slices around it"
     slices, paths = package.info["pixels"].get("slices", 1), list(rows.path)
@@ -658,6 +658,52 @@ def compare_networks(
     facts = dict(report=str(page), scores=found.scores.to_dict("records"), paired=found.paired.to_dict("records"),
                  verdicts=verdicts(found))
     return Reply(facts, "\n".join([lines(facts["scores"]), "", *facts["verdicts"], "", f"report: {page}"]))
+
+# %% ../nbs/91_cli.ipynb #009eccb7
+@command(app, "report", "phoenix report data/raw/phantom split.json runs/train-…/model --effort quick")
+def report_models(
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    models:list[Path], # model folders; several are judged one by one and compared, the first is the reference
+    output_dir:Path=Path("runs/report"), # gets report.html, report.json, predictions.csv and tables
+    effort:str="full", # 'quick' or 'full'
+    seed:int=42, # key of all draws
+)->Reply: # where the page is, and the headlines
+    "Judge models on the test side of a split: headlines, calibration, doubt, strangers, attacks, maps, refusals"
+    from phoenix.deploy.package import load_package
+    from phoenix.evaluate.judge import Record, judge, judge_several
+    manifest, cert = _held(folder, certificate)
+    packages = {_called(m, models): load_package(m) for m in models}
+    subjects = [_subject(n, p, manifest, cert, seed) for n, p in packages.items()]
+    for s in subjects: _look(cert, manifest, s.test.rows, s.probs(), s.classes, s.name, who="phoenix report")
+    records = {n: Record(p.preprocess, ledger=_ledger(cert, manifest, p.classes)) for n, p in packages.items()}
+    how = dict(effort=effort, seed=seed)
+    if len(subjects) > 1: page = judge_several(subjects, manifest, cert, output_dir, records=records, **how)
+    else: page = judge(subjects[0], manifest, cert, output_dir, record=records[subjects[0].name], **how)
+    found = {s.name: float(1 - s.wrong.mean()) for s in subjects}
+    rows = [dict(model=k, accuracy=v) for k, v in found.items()]
+    return Reply(dict(report=str(page), accuracy=found), f"{lines(rows)}\n\nreport: {page}")
+
+# %% ../nbs/91_cli.ipynb #7f8e22d2
+def _called(model, models):
+    "A name of its own for each model folder: that of its run"
+    name, names = Path(model).resolve().parent.name, [Path(m).resolve().parent.name for m in models]
+    return name if names.count(name) == 1 else f"{name}/{Path(model).name}"
+
+
+def _subject(name, package, manifest, cert, seed):
+    "A model folder and the pictures that judge it"
+    from phoenix.evaluate.parts import take_subject
+    slices = package.info["pixels"].get("slices", 1)
+    return take_subject(name, package.model(), package.classes, package.images, manifest, cert, seed=seed,
+                        slices=slices)
+
+
+def _ledger(cert, manifest, classes):
+    "What the vault of the test side says"
+    from phoenix.evaluate.vault import test_vault
+    runs = load_settings().runs_dir
+    return test_vault(cert, manifest, runs, classes=list(classes)).verify(runs)
 
 # %% ../nbs/91_cli.ipynb #e82205f5
 def _for_experiment(params, experiment):

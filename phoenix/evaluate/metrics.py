@@ -6,12 +6,13 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.metrics.html.md"""
 
 # %% auto #0
 __all__ = ['RATES', 'MetricError', 'softmax', 'check_predictions', 'confusion', 'rates', 'macro', 'auc', 'roc_points', 'scores',
-           'plot_confusion', 'plot_roc']
+           'plot_confusion', 'plot_roc', 'plot_precision_recall']
 
 # %% ../../nbs/40_evaluate.metrics.ipynb #8b258c70
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from ..plots import class_colour, style
 from ..settings import PhoenixError
@@ -195,4 +196,27 @@ def plot_roc(
     if shown: ax.set_title(f'hardest to rank: {min(shown, key=shown.get).replace("_", " ")}', fontsize=10)
     ax.set(xlabel='false positive rate', ylabel='true positive rate', aspect='equal')
     ax.legend(loc='lower right', fontsize=8, title='area under curve', title_fontsize=8)
+    return ax
+
+# %% ../../nbs/40_evaluate.metrics.ipynb #07ee6a41
+def plot_precision_recall(
+    probs:np.ndarray, # `(N,K)` probabilities
+    targets:np.ndarray, # `(N,)` class indices
+    classes:list[str], # K names
+    *,
+    ax:Axes|None = None, # where to draw; default a new figure
+)->Axes: # the axes drawn on
+    "One-vs-rest precision and recall of every class that has pictures, with the average precision"
+    probs, targets = check_predictions(probs, targets)
+    if ax is None:
+        with style(): _, ax = plt.subplots(figsize=(3.6, 3.4))
+    found = {}
+    for i, c in enumerate(classes):
+        if not (targets == i).any(): continue
+        precision, recall, _ = precision_recall_curve(targets == i, probs[:, i])
+        found[c] = average_precision_score(targets == i, probs[:, i])
+        ax.step(recall, precision, where='post', color=class_colour(c), label=f'{c.replace("_", " ")} {found[c]:.3f}')
+    ax.set_title(f'least precise: {min(found, key=found.get).replace("_", " ")}', fontsize=10)
+    ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
+    ax.legend(loc='lower left', fontsize=8, title='average precision', title_fontsize=8)
     return ax

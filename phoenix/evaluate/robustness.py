@@ -219,5 +219,6 @@ def plot_corruptions(
             ax.text(j, i, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
         ax.set_xticks(range(len(found.levels) + 1), ['clean', *found.levels])
         ax.set_yticks(range(len(found.kinds)), found.kinds, fontsize=8)
+        ax.grid(False)
         ax.set(xlabel='severity', title=f'Accuracy (%); mean error {mean_corruption_error(found):.1%}')
     return ax
