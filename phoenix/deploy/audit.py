@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.audit.html.md"""
 __all__ = ['AuditError', 'Chain', 'check_chain', 'AuditLog', 'Trace', 'new_trace', 'parse_traceparent', 'trace_of', 'use_trace',
            'scrub', 'JsonFormatter', 'json_logging']
 
-# %% ../../nbs/55c_deploy.audit.ipynb #15cd29d1
+# %% ../../nbs/55c_deploy.audit.ipynb #1a4eb30a
 import contextlib, datetime, hmac, json, logging, re, secrets, sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .store import Store, sql
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/55c_deploy.audit.ipynb #c5630a68
+# %% ../../nbs/55c_deploy.audit.ipynb #ba300be4
 class AuditError(PhoenixError):
     "An entry the audit log does not take"
 
@@ -39,10 +39,10 @@ def _checked(values):
         elif name not in _FIELDS: raise AuditError(
             f"A field must be one of {[*_FIELDS, *_NUMBERS]}, got {name!r}{did_you_mean(name, _FIELDS)}; leave it out")
         elif not isinstance(x, str) or _FIELDS[name] and not re.fullmatch(_FIELDS[name], x): raise AuditError(
-            f"The field {name} must fit {_FIELDS[name] or 'text'}, this does not; send a code, never a name or a sentence")
+            f"The field {name} must fit {_FIELDS[name] or 'text'}, this does not; send a code, never a name")
     return values
 
-# %% ../../nbs/55c_deploy.audit.ipynb #38208af2
+# %% ../../nbs/55c_deploy.audit.ipynb #cbdbe862
 def _seal(key, n, previous, text): return hmac.new(key, f"{n}\n{previous}\n{text}".encode(), "sha256").hexdigest()
 
 
@@ -68,7 +68,7 @@ def check_chain(
             yield f"entry {n} does not fit its seal: it or the one before it was edited, removed or exchanged"
         last, place = seal, n + 1
 
-# %% ../../nbs/55c_deploy.audit.ipynb #f5d3a81a
+# %% ../../nbs/55c_deploy.audit.ipynb #41be03ce
 class AuditLog:
     "The audit log of a deployment"
     def __init__(self,
@@ -94,7 +94,7 @@ class AuditLog:
         when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="milliseconds")
         return json.dumps(blurred | dict(time=when), sort_keys=True, separators=(",", ":"))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #5b40f7ca
+# %% ../../nbs/55c_deploy.audit.ipynb #d8e00341
 @patch
 def extend(self:AuditLog,
     entries:Sequence[Mapping], # fields of each; `event` is needed
@@ -121,7 +121,7 @@ def append(self:AuditLog,
     "Append one entry"
     self.extend([dict(event=event, **fields)])
 
-# %% ../../nbs/55c_deploy.audit.ipynb #3aa4c707
+# %% ../../nbs/55c_deploy.audit.ipynb #04979064
 @patch
 def tail(self:AuditLog,
     n:int=100, # how many
@@ -139,7 +139,7 @@ def receipt(self:AuditLog)->dict: # entries and seal
         head = c.execute(sql().select(self._head.c.entries, self._head.c.seal)).mappings().first()
     return dict(head) if head else dict(entries=0, seal="")
 
-# %% ../../nbs/55c_deploy.audit.ipynb #ee1176a9
+# %% ../../nbs/55c_deploy.audit.ipynb #a300679c
 @patch
 def verify(self:AuditLog,
     receipts:Sequence[Mapping]=(), # kept from `receipt`
@@ -157,11 +157,11 @@ def _judge(self:AuditLog, c, receipts):
     reasons, seals = list(check_chain(rows, self._seals)), {0: ""} | {n + 1: s for n, _, s in rows}
     if seals.get(entries) != seal or entries != len(rows):
         reasons.append(f"the head counts {entries} entries, the log has {len(rows)}: its end was cut off or exchanged")
-    reasons += [f"a receipt counts {r['entries']} entries with a seal the log does not have: it was cut off or made anew"
+    reasons += [f"a receipt counts {r['entries']} entries with a seal that the log lacks: it was cut off or made anew"
                 for r in receipts if seals.get(r["entries"]) != r["seal"]]
     return Chain(not reasons, reasons, len(rows))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #efa1ee72
+# %% ../../nbs/55c_deploy.audit.ipynb #aa0fc0d6
 @dataclass(frozen=True)
 class Trace:
     "Where a piece of work belongs"
@@ -191,7 +191,7 @@ def parse_traceparent(
     if not m or m[1] == "ff" or (m[1] == "00" and m[5]) or not int(m[2], 16) or not int(m[3], 16): return None
     return Trace(m[2], m[3], bool(int(m[4], 16) & 1))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #564ac4a7
+# %% ../../nbs/55c_deploy.audit.ipynb #62ad76a6
 def trace_of(
     headers:Mapping[str,str], # of a request, names in any case
 )->Trace: # a child of the caller's, or the beginning of a new one
@@ -213,15 +213,15 @@ def use_trace(
     try: yield trace
     finally: _CURRENT.reset(token)
 
-# %% ../../nbs/55c_deploy.audit.ipynb #c72d8f92
+# %% ../../nbs/55c_deploy.audit.ipynb #7839be00
 _GROUPS = "[0-9a-f]{1,4}(?::[0-9a-f]{1,4})*"
 _IPV6 = rf"(?<![\w:])(?:(?:[0-9a-f]{{1,4}}:){{7}}[0-9a-f]{{1,4}}|(?:{_GROUPS})?::(?:{_GROUPS})?)(?![\w:])"
 _SCRUB = [(re.compile(p, re.I), by) for p, by in (
     (r"\bphx_\w+", "[key]"), (r"\b(bearer|x-api-key:?)\s+\S+", r"\1 [key]"), (r"\$argon2\S+", "[hash]"),
     (r"//[^@\s/]+@", "//[login]@"), (r"[\w.+-]+@[\w-]+\.[\w.-]+", "[mail]"),
     (r"\b\d{1,3}(\.\d{1,3}){3}\b", "[address]"), (_IPV6, "[address]"),
-    (r"(?:\b[a-z]:)?(?:[\\/][^\s\\/\"'<>|:]+)*[\\/]?[^\s\\/\"'<>|:]*\.(?:dcm|dicom|nii|gz|png|jpe?g|tiff?|bmp|zip|mha)\b",
-     "[file]"),
+    (r"(?:\b[a-z]:)?(?:[\\/][^\s\\/\"'<>|:]+)*[\\/]?[^\s\\/\"'<>|:]*"
+     r"\.(?:dcm|dicom|nii|gz|png|jpe?g|tiff?|bmp|zip|mha)\b", "[file]"),
     (r"(?<![\w/:])(?!/v\d+/)(?:[a-z]:)?(?:[\\/][\w.~+-]*\w){2,}[\\/]?", "[path]"))]
 
 
@@ -232,7 +232,7 @@ def scrub(
     for pattern, by in _SCRUB: text = pattern.sub(by, text)
     return text
 
-# %% ../../nbs/55c_deploy.audit.ipynb #bd2e7b38
+# %% ../../nbs/55c_deploy.audit.ipynb #2e3a33dd
 class JsonFormatter(logging.Formatter):
     "Log records as JSON, one a line, scrubbed, with the trace"
     def format(self,
@@ -244,7 +244,8 @@ class JsonFormatter(logging.Formatter):
                    message=scrub(record.getMessage()))
         if trace := _CURRENT.get(): out |= dict(trace_id=trace.trace_id, span_id=trace.span_id)
         for k, v in getattr(record, "fields", {}).items():
-            out.setdefault(k, scrub(v) if isinstance(v, str) else v if isinstance(v, (int, float, bool)) else str(type(v)))
+            plain = isinstance(v, (int, float, bool))
+            out.setdefault(k, scrub(v) if isinstance(v, str) else v if plain else type(v).__name__)
         if record.exc_info and record.exc_info[1]: out["error"] = _place(record.exc_info[1])
         return json.dumps(out, ensure_ascii=False)
 
@@ -255,7 +256,7 @@ def _place(e):
     while t and t.tb_next: t = t.tb_next
     return type(e).__name__ + (f" in {t.tb_frame.f_code.co_name}, line {t.tb_lineno}" if t else "")
 
-# %% ../../nbs/55c_deploy.audit.ipynb #93272211
+# %% ../../nbs/55c_deploy.audit.ipynb #b519688c
 def json_logging(
     stream:IO|None=None, # where to; the standard error when None
     *,

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.keys.html.md"""
 __all__ = ['SCOPES', 'KeyringError', 'KeyRefused', 'NewKey', 'Principal', 'KeyInfo', 'known_scope', 'Keyring', 'bearer',
            'keys_add', 'keys_rotate', 'keys_list', 'keys_revoke']
 
-# %% ../../nbs/55a_deploy.keys.ipynb #8045b47e
+# %% ../../nbs/55a_deploy.keys.ipynb #2a0a5561
 import base64, hmac, re, secrets, time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .store import Store, open_store, sql
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/55a_deploy.keys.ipynb #607b6bed
+# %% ../../nbs/55a_deploy.keys.ipynb #ec640d44
 class KeyringError(PhoenixError):
     "A key that cannot be made, changed or found"
 
@@ -33,7 +33,7 @@ class KeyRefused(PhoenixError):
 SCOPES = {"read": "see models and own jobs", "predict": "have pictures classified and explained",
           "metrics": "read operational numbers", "admin": "change models, keys and limits"}
 
-# %% ../../nbs/55a_deploy.keys.ipynb #3f5d16b2
+# %% ../../nbs/55a_deploy.keys.ipynb #3cb64c2b
 class NewKey:
     "A fresh key: it gives its text once and never prints it"
     __slots__ = ("key_id", "tenant", "_text")
@@ -54,7 +54,7 @@ class NewKey:
         if text is None: raise KeyringError("A key must be kept when it is shown, it is shown once; rotate it")
         return text
 
-# %% ../../nbs/55a_deploy.keys.ipynb #60cda7c9
+# %% ../../nbs/55a_deploy.keys.ipynb #5925baff
 @dataclass(frozen=True)
 class Principal:
     "Who a request comes from"
@@ -90,7 +90,7 @@ def known_scope(
         raise KeyringError(f"A scope must be one of {list(SCOPES)}, got {scope!r}{did_you_mean(scope, SCOPES)}")
     return scope
 
-# %% ../../nbs/55a_deploy.keys.ipynb #4fb8e817
+# %% ../../nbs/55a_deploy.keys.ipynb #bfdb2497
 def _hasher():
     "Argon2id, 19 MiB and two passes"
     try: from argon2 import PasswordHasher
@@ -116,11 +116,14 @@ class Keyring:
 
     def __repr__(self): return f"Keyring({self.store!r})"
 
-    def _name(self, text): return hmac.new(self._find_key, text[:16].encode(errors="replace"), "sha256").hexdigest()[:32]
+    def _name(self, text): return _digest(self._find_key, text[:16])[:32]
 
-    def _proof(self, text): return hmac.new(self._proof_key, text.encode(errors="replace"), "sha256").hexdigest()
+    def _proof(self, text): return _digest(self._proof_key, text)
 
-# %% ../../nbs/55a_deploy.keys.ipynb #190ba9ad
+
+def _digest(key, text): return hmac.new(key, text.encode(errors="replace"), "sha256").hexdigest()
+
+# %% ../../nbs/55a_deploy.keys.ipynb #f4bf31d3
 @patch
 def add(self:Keyring,
     tenant:str, # whose it is: small letters, digits, - and _
@@ -136,7 +139,8 @@ def add(self:Keyring,
     chosen = sorted({known_scope(s) for s in scopes}, key=list(SCOPES).index)
     if not chosen or isinstance(scopes, str):
         raise KeyringError(f"A key must have a list of scopes, got {scopes!r}; give some of {list(SCOPES)}")
-    if days is not None and not days > 0: raise KeyringError(f"A key must live for more than 0 days, got {days}; correct it")
+    if days is not None and not days > 0:
+        raise KeyringError(f"A key must live for more than 0 days, got {days}; correct it")
     find = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
     text, now = f"phx_{find}_{secrets.token_hex(32)}", self.store.now()
     row = dict(key_id=self._name(text), tenant=tenant, scopes=" ".join(chosen), label=label[:80], created=now,
@@ -145,7 +149,7 @@ def add(self:Keyring,
     with self.store.write("keys") as c: c.execute(self._keys.insert().values(row))
     return NewKey(row["key_id"], tenant, text)
 
-# %% ../../nbs/55a_deploy.keys.ipynb #d8362e37
+# %% ../../nbs/55a_deploy.keys.ipynb #43082768
 @patch
 def _check(self:Keyring, text):
     "The principal of a key, or None; one row and one Argon2 hash whatever the key"
@@ -163,7 +167,7 @@ def _verify(self:Keyring, hash, proof):
     try: return self._argon.verify(hash, proof)
     except VerifyMismatchError: return False
     except InvalidHashError:
-        raise KeyringError("A stored hash must be Argon2's, one is not: the store was edited; revoke that key") from None
+        raise KeyringError("A stored hash must be Argon2's, one is not: the store was edited; revoke it") from None
 
 
 @patch
@@ -173,7 +177,7 @@ def _row(self:Keyring, key_id):
         found = c.execute(sql().select(self._keys).where(self._keys.c.key_id == key_id)).mappings().first()
     return dict(found) if found else None
 
-# %% ../../nbs/55a_deploy.keys.ipynb #06dbaa48
+# %% ../../nbs/55a_deploy.keys.ipynb #30d4a53a
 def _alive(row, now):
     "Whether a row may open anything: neither revoked nor past its time"
     return bool(row) and row["revoked"] is None and (row["expires"] is None or now < row["expires"])
@@ -188,7 +192,7 @@ def _remember(self:Keyring, good, text, row):
     if len(self._proven) >= 10_000: self._proven.clear()
     if good: self._proven[self._proof(text)] = time.monotonic() + self.cache_s, row["key_id"], row["hash"]
 
-# %% ../../nbs/55a_deploy.keys.ipynb #d3eefa2d
+# %% ../../nbs/55a_deploy.keys.ipynb #114cd1e0
 @patch
 def authenticate(self:Keyring,
     text:str|None, # what the request carries, if anything
@@ -216,7 +220,13 @@ def authorize(self:Keyring,
         raise KeyRefused(403, f"The key must have the scope {scope!r}, it has not; ask for one that has")
     return principal
 
-# %% ../../nbs/55a_deploy.keys.ipynb #74f0280c
+# %% ../../nbs/55a_deploy.keys.ipynb #85c2c612
+@patch
+def _change(self:Keyring, key_id, **values):
+    t = self._keys
+    with self.store.write("keys") as c: c.execute(t.update().where(t.c.key_id == key_id).values(values))
+
+
 @patch
 def _known(self:Keyring, key_id):
     "The row of a key that is still good"
@@ -241,7 +251,7 @@ def rotate(self:Keyring,
     self._change(key_id, expires=end)
     return new
 
-
+# %% ../../nbs/55a_deploy.keys.ipynb #7c93169d
 @patch
 def revoke(self:Keyring,
     key_id:str, # public name
@@ -250,17 +260,11 @@ def revoke(self:Keyring,
     self._known(key_id)
     self._change(key_id, revoked=self.store.now())
 
-
-@patch
-def _change(self:Keyring, key_id, **values):
-    t = self._keys
-    with self.store.write("keys") as c: c.execute(t.update().where(t.c.key_id == key_id).values(values))
-
-# %% ../../nbs/55a_deploy.keys.ipynb #675abbdf
+# %% ../../nbs/55a_deploy.keys.ipynb #d3295fb0
 @patch
 def list(self:Keyring,
     tenant:str="", # whose; all when ''
-)->"list[KeyInfo]": # oldest first
+)->Sequence[KeyInfo]: # oldest first
     "What may be told of the keys"
     with self.store.read() as c:
         rows = c.execute(sql().select(self._keys).order_by(self._keys.c.created)).mappings().all()
@@ -275,7 +279,7 @@ def bearer(
     scheme, _, text = found.get("authorization", "").partition(" ")
     return text.strip() if scheme.lower() == "bearer" else found.get("x-api-key")
 
-# %% ../../nbs/55a_deploy.keys.ipynb #e7ebc833
+# %% ../../nbs/55a_deploy.keys.ipynb #4853d2b7
 def keys_add(
     tenant:str, # whose it is
     *,
@@ -299,7 +303,7 @@ def keys_rotate(
     new = Keyring(open_store(store)).rotate(key_id, overlap_s=overlap_s)
     return dict(key=new.reveal(), key_id=new.key_id, tenant=new.tenant)
 
-# %% ../../nbs/55a_deploy.keys.ipynb #65d60164
+# %% ../../nbs/55a_deploy.keys.ipynb #07bd08f3
 def _time(x): return "" if x is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(x))
 
 
@@ -307,7 +311,7 @@ def keys_list(
     *,
     tenant:str="", # whose; all when empty
     store:str="", # database: a path or URL; $PHOENIX_STORE when empty
-)->"list[dict]": # key_id, tenant, scopes, label, created, expires, revoked, follows
+)->Sequence[dict]: # key_id, tenant, scopes, label, created, expires, revoked, follows
     "List keys by their public names, times in UTC"
     rows = [vars(k) for k in Keyring(open_store(store)).list(tenant)]
     return [r | {n: _time(r[n]) for n in ("created", "expires", "revoked")} for r in rows]

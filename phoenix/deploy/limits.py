@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.limits.html.md"""
 # %% auto #0
 __all__ = ['LimitError', 'Rule', 'pass_time', 'Plan', 'period_of', 'Decision', 'Limiter', 'Usage', 'usage_export']
 
-# %% ../../nbs/55b_deploy.limits.ipynb #9d16508e
+# %% ../../nbs/55b_deploy.limits.ipynb #a71a72a5
 import csv, datetime, io, json, math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .store import Store, open_store, sql
 from ..settings import PhoenixError
 
-# %% ../../nbs/55b_deploy.limits.ipynb #60480217
+# %% ../../nbs/55b_deploy.limits.ipynb #d1ec677f
 class LimitError(PhoenixError):
     "A plan that cannot be, or a cost that no plan can bear"
 
@@ -45,7 +45,7 @@ class Rule:
         "b"
         return self.burst or math.ceil(self.rate)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #73a8a9e4
+# %% ../../nbs/55b_deploy.limits.ipynb #d44c1945
 def pass_time(
     full:float, # when the bucket will be full again; 0 for a new one
     now:float, # seconds
@@ -57,7 +57,7 @@ def pass_time(
     after = min(max(full, now), now + most) + cost*rule.step
     return after, max(0., after - now - most)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #78703b8a
+# %% ../../nbs/55b_deploy.limits.ipynb #a19e2dfb
 @dataclass(frozen=True)
 class Plan:
     "What a tenant may use"
@@ -93,7 +93,7 @@ def period_of(
     end = (start.replace(day=1) + datetime.timedelta(days=32)).replace(day=1)
     return t.strftime("%Y-%m"), (end - t).total_seconds()
 
-# %% ../../nbs/55b_deploy.limits.ipynb #37a86174
+# %% ../../nbs/55b_deploy.limits.ipynb #be4fafa5
 @dataclass(frozen=True)
 class Decision:
     "Whether a request may pass, and what to tell the client"
@@ -110,10 +110,10 @@ class Decision:
 
     def headers(self)->dict[str,str]: # for the answer
         "HTTP headers"
-        told = {} if not self.limit else {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)}
+        told = {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)} if self.limit else {}
         return told if self.ok else told | {"Retry-After": str(self.retry_after_s)}
 
-# %% ../../nbs/55b_deploy.limits.ipynb #fe450def
+# %% ../../nbs/55b_deploy.limits.ipynb #43f7c0ec
 class Limiter:
     "Rates and quotas of all keys and tenants"
     def __init__(self,
@@ -155,7 +155,7 @@ def _put(c, table, key, **values):
     if not c.execute(table.update().filter_by(**key).values(values)).rowcount:
         c.execute(table.insert().values(key | values))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #50db4171
+# %% ../../nbs/55b_deploy.limits.ipynb #57297154
 @patch
 def take(self:Limiter,
     key_id:str, # public name of the key
@@ -187,10 +187,10 @@ def _rate_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
         key = dict(subject=f"{what} {who}")
         full = c.execute(sql().select(self._rates.c.full).filter_by(**key)).scalar() or 0.
         after, wait = pass_time(full, now, rule, cost)
-        yield dict(reason=f"{what} rate", table=self._rates, key=key, values=dict(full=after), wait=wait, limit=rule.room,
-                   left=int((rule.room*rule.step - (after - now))/rule.step + 1e-6))
+        yield dict(reason=f"{what} rate", table=self._rates, key=key, values=dict(full=after), wait=wait,
+                   limit=rule.room, left=int(rule.room - (after - now)/rule.step + 1e-6))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #942dd1af
+# %% ../../nbs/55b_deploy.limits.ipynb #875ccf18
 @patch
 def _quota_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
     "What each quota would become"
@@ -219,16 +219,16 @@ def give_back(self:Limiter,
             same = (t.c.subject == f"{what} {who}") & (t.c.period == period) & (t.c.used >= cost)
             c.execute(t.update().where(same).values(used=t.c.used - cost))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #eb7d4db6
+# %% ../../nbs/55b_deploy.limits.ipynb #f9dd8fc4
 class Usage:
     "What tenants used, by key and day"
     def __init__(self,
         store:Store, # shared by all processes
     ):
         sa, self.store = sql(), store
-        name = lambda n: sa.Column(n, sa.String(80), primary_key=True)
-        self._usage = store.table("usage", name("tenant"), name("key_id"), name("day"), sa.Column("requests", sa.Integer),
-                                  sa.Column("images", sa.Integer), sa.Column("seconds", sa.Double))
+        names = [sa.Column(n, sa.String(80), primary_key=True) for n in ("tenant", "key_id", "day")]
+        whole = [sa.Column(n, sa.BigInteger) for n in ("requests", "images")]
+        self._usage = store.table("usage", *names, *whole, sa.Column("seconds", sa.Double))
 
     def add(self,
         tenant:str, # whose
@@ -243,7 +243,8 @@ class Usage:
         with self.store.write(f"usage {tenant}") as c:
             key = dict(tenant=tenant, key_id=key_id, day=period_of(self.store.now(c), "day")[0])
             grown = {k: t.c[k] + v for k, v in more.items()}
-            if not c.execute(t.update().filter_by(**key).values(grown)).rowcount: c.execute(t.insert().values(key | more))
+            there = c.execute(t.update().filter_by(**key).values(grown)).rowcount
+            if not there: c.execute(t.insert().values(key | more))
 
     def rows(self,
         tenant:str="", # whose; all when ''
@@ -262,7 +263,7 @@ def _day(text):
     try: return text and datetime.date.fromisoformat(text).isoformat()
     except ValueError: raise LimitError(f"A day must look like 2026-01-31, got {text!r}; correct it") from None
 
-# %% ../../nbs/55b_deploy.limits.ipynb #1c3a7b32
+# %% ../../nbs/55b_deploy.limits.ipynb #b3887b33
 @patch
 def export(self:Usage,
     tenant:str="", # whose; all when ''

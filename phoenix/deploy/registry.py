@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.registry.html.md"""
 __all__ = ['RegistryError', 'Version', 'State', 'Registry', 'Answers', 'PairedReport', 'models_add', 'models_list',
            'models_promote', 'models_rollback', 'models_compare']
 
-# %% ../../nbs/55_deploy.registry.ipynb #a18e3867
+# %% ../../nbs/55_deploy.registry.ipynb #725aee5a
 import getpass, hmac, json, secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .store import Store, open_store, sql
 from ..records import hash_json
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/55_deploy.registry.ipynb #7cd3ac35
+# %% ../../nbs/55_deploy.registry.ipynb #7f08ba55
 class RegistryError(PhoenixError):
     "A model or version that is unknown, untrusted, or not fit for a move"
 
@@ -43,7 +43,7 @@ class Version:
         "Model and number"
         return f"{self.model}@{self.number}"
 
-# %% ../../nbs/55_deploy.registry.ipynb #d8ed3205
+# %% ../../nbs/55_deploy.registry.ipynb #c013b9e1
 @dataclass(frozen=True)
 class State:
     "Which versions of a model serve, and how requests are shared"
@@ -76,7 +76,7 @@ class State:
         "The version that answers unseen"
         return self.challenger if self.shadow else None
 
-# %% ../../nbs/55_deploy.registry.ipynb #258b9d17
+# %% ../../nbs/55_deploy.registry.ipynb #fec8d24e
 class Registry:
     "The versions of all models, and their aliases"
     def __init__(self,
@@ -104,7 +104,7 @@ def _select(connection, table, **where):
     q = sql().select(table).filter_by(**where).order_by(*table.primary_key.columns)
     return [dict(r) for r in connection.execute(q).mappings()]
 
-# %% ../../nbs/55_deploy.registry.ipynb #c1d73174
+# %% ../../nbs/55_deploy.registry.ipynb #640051d4
 @patch
 def register(self:Registry,
     folder:str|Path, # a model folder; it must stay as it is
@@ -141,7 +141,7 @@ def _identity_of(folder, runtime):
     package.session(runtime)
     return hash_json(package.hashes)
 
-# %% ../../nbs/55_deploy.registry.ipynb #849526f7
+# %% ../../nbs/55_deploy.registry.ipynb #35df78fb
 @patch
 def models(self:Registry)->list[str]: # names
     "All models"
@@ -169,7 +169,7 @@ def version(self:Registry,
         raise RegistryError(f"A version must be one of {sorted(found)} of {model!r}, got {number}; register it first")
     return found[number]
 
-# %% ../../nbs/55_deploy.registry.ipynb #31280011
+# %% ../../nbs/55_deploy.registry.ipynb #8f16a20e
 @patch
 def load(self:Registry,
     version:Version, # from this registry
@@ -184,7 +184,7 @@ def load(self:Registry,
     package.session(version.runtime)
     return package
 
-# %% ../../nbs/55_deploy.registry.ipynb #603f41c2
+# %% ../../nbs/55_deploy.registry.ipynb #9a9b5cc9
 @patch
 def state(self:Registry,
     model:str, # its name
@@ -196,12 +196,13 @@ def state(self:Registry,
 @patch
 def _state(self:Registry, c, model):
     rows = _select(c, self._models, model=model)
-    if not rows: raise RegistryError(f"A model must be registered, {model!r} is not{did_you_mean(model, self.models())}")
+    if not rows:
+        raise RegistryError(f"A model must be registered, {model!r} is not{did_you_mean(model, self.models())}")
     now, known = rows[0], {r["number"]: Version(**r) for r in _select(c, self._versions, model=model)}
     return State(model, now["generation"], known.get(now["champion"]), known.get(now["challenger"]), now["share"],
                  bool(now["shadow"]), now["salt"])
 
-# %% ../../nbs/55_deploy.registry.ipynb #e83df798
+# %% ../../nbs/55_deploy.registry.ipynb #f64348c9
 def _record(self, c, model, alias, action, old, new, who, why):
     "Write a move down"
     n = c.execute(sql().select(sql().func.count()).where(self._moves.c.model == model)).scalar()
@@ -224,7 +225,7 @@ def _signed(who, why):
     if not who.strip() or not why.strip():
         raise RegistryError(f"A move must say who and why, got {who!r} and {why!r}; say both")
 
-# %% ../../nbs/55_deploy.registry.ipynb #9d509600
+# %% ../../nbs/55_deploy.registry.ipynb #323da00f
 @patch
 def promote(self:Registry,
     model:str, # its name
@@ -242,12 +243,12 @@ def promote(self:Registry,
     with self.store.write("registry") as c:
         was = self._state(c, model)
         if alias == "challenger" and was.champion and was.champion.number == number:
-            raise RegistryError(f"A challenger must be another version than the champion, {number} is it; choose another")
+            raise RegistryError(f"A challenger must be another version than the champion, {number} is it; take another")
         held = getattr(was, alias)
         if held is None or held.number != number: _set(self, c, was, alias, number, "promote", who, why)
     return self.state(model)
 
-# %% ../../nbs/55_deploy.registry.ipynb #174ed251
+# %% ../../nbs/55_deploy.registry.ipynb #ad023892
 @patch
 def split(self:Registry,
     model:str, # its name
@@ -283,7 +284,7 @@ def drop_challenger(self:Registry,
         if was.challenger: _set(self, c, was, "challenger", None, "drop", who, why, share=0., shadow=0)
     return self.state(model)
 
-# %% ../../nbs/55_deploy.registry.ipynb #3a7b70e3
+# %% ../../nbs/55_deploy.registry.ipynb #a4d79bb6
 @patch
 def history(self:Registry,
     model:str, # its name
@@ -312,23 +313,24 @@ def rollback(self:Registry,
     "Make the champion before this one champion again"
     _signed(who, why)
     before = _pile(self.history(model), "champion")[:-1]
-    if not before: raise RegistryError(f"{model!r} must have had another champion to go back to, it has not; promote one")
+    if not before:
+        raise RegistryError(f"{model!r} must have had another champion to go back to, it has not; promote one")
     self.load(self.version(model, before[-1]))
     with self.store.write("registry") as c:
         was = self._state(c, model)
         if _pile(_select(c, self._moves, model=model), "champion")[:-1] != before:
-            raise RegistryError(f"{model!r} must stand still during a rollback, it was moved meanwhile; look and try again")
+            raise RegistryError(f"{model!r} must stand still during a rollback, it was moved; look and try again")
         _set(self, c, was, "champion", before[-1], "rollback", who, why)
     return self.state(model)
 
-# %% ../../nbs/55_deploy.registry.ipynb #92a9d685
+# %% ../../nbs/55_deploy.registry.ipynb #b0842c52
 class Answers:
     "What versions answered to the same requests, and what was true"
     def __init__(self,
         store:Store, # shared by all processes
     ):
         sa, self.store, self._key = sql(), store, store.subkey("requests")
-        def first(): return sa.Column("model", sa.String(80), primary_key=True), sa.Column("request", sa.String(32), primary_key=True)
+        def first(): return [sa.Column(n, sa.String(80), primary_key=True) for n in ("model", "request")]
         self._answers = store.table("answers", *first(), sa.Column("number", sa.Integer, primary_key=True),
                                     sa.Column("probs", sa.Text), sa.Column("shown", sa.Integer),
                                     sa.Column("time", sa.Double))
@@ -343,7 +345,7 @@ class Answers:
             c.execute(table.delete().filter_by(**{k: row[k] for k in key}))
             c.execute(table.insert().values(row | dict(time=self.store.now(c))))
 
-# %% ../../nbs/55_deploy.registry.ipynb #b6ca48b7
+# %% ../../nbs/55_deploy.registry.ipynb #a00607be
 @patch
 def record(self:Answers,
     model:str, # its name
@@ -370,7 +372,7 @@ def truth(self:Answers,
     self._put(self._truths, dict(model=model, request=self._digest(request_key), label=label,
                                  kin=self._digest(group or request_key)), ("model", "request"))
 
-# %% ../../nbs/55_deploy.registry.ipynb #50c1db8a
+# %% ../../nbs/55_deploy.registry.ipynb #446cf886
 @patch
 def _shared(self:Answers, model, champion, challenger):
     "Answers of two versions to the same requests: digests, `(N,K)` and `(N,K)`, label and group or None"
@@ -382,7 +384,7 @@ def _shared(self:Answers, model, champion, challenger):
                                      "requests, they have not; serve with shadow=True")
     return np.array([a[k] for k in both]), np.array([b[k] for k in both]), [known.get(k) for k in both]
 
-# %% ../../nbs/55_deploy.registry.ipynb #5f0311d0
+# %% ../../nbs/55_deploy.registry.ipynb #3bcf0264
 @dataclass(frozen=True)
 class PairedReport:
     "Champion and challenger on the requests that both answered"
@@ -405,7 +407,7 @@ class PairedReport:
         return (f"{text}; challenger − champion {self.difference} on {self.labelled} labelled, McNemar p "
                 f"{self.test.p:.3g}, {self.equivalence.verdict}" + (f"; {self.warning}" if self.warning else ""))
 
-# %% ../../nbs/55_deploy.registry.ipynb #d6839cef
+# %% ../../nbs/55_deploy.registry.ipynb #79982b64
 @patch
 def compare(self:Answers,
     model:str, # its name
@@ -443,7 +445,7 @@ def _tests(b, a, targets, groups, classes, margin, alpha, n, seed):
     return dict(test=mcnemar(b, a, targets), difference=gap, equivalence=near, warning=power_warning(gap, margin),
                 by_class={classes[k]: float(x) for k, x in zip(present, p)})
 
-# %% ../../nbs/55_deploy.registry.ipynb #ac923c90
+# %% ../../nbs/55_deploy.registry.ipynb #47faaa01
 def _plain(version): return dict(version=version.name, runtime=version.runtime, identity=version.identity[:12],
                                  note=version.note)
 
@@ -470,7 +472,7 @@ def models_list(
     def alias(v): return next((a for a in ("champion", "challenger") if getattr(states[v.model], a) == v), "")
     return [_plain(v) | dict(alias=alias(v)) for v in r.versions()]
 
-# %% ../../nbs/55_deploy.registry.ipynb #d94712e2
+# %% ../../nbs/55_deploy.registry.ipynb #507d8eeb
 def _moved(state):
     "A state as plain data"
     return dict(model=state.model, generation=state.generation, share=state.share, shadow=state.shadow,
@@ -503,7 +505,7 @@ def models_rollback(
     "Bring the previous champion back; running servers follow"
     return _moved(Registry(open_store(store)).rollback(model, who=getpass.getuser(), why=why))
 
-# %% ../../nbs/55_deploy.registry.ipynb #2d08da04
+# %% ../../nbs/55_deploy.registry.ipynb #09666fa0
 def models_compare(
     model:str, # its name
     *,
@@ -519,7 +521,8 @@ def models_compare(
     if registry.load(state.challenger).classes != classes:
         raise RegistryError("Champion and challenger must have one class order, they have two; train again")
     r = Answers(s).compare(model, state.champion.number, state.challenger.number, classes=classes, margin=margin)
-    told = {} if r.test is None else dict(p=r.test.p, difference=[r.difference.value, r.difference.low, r.difference.high],
-                                          verdict=r.equivalence.verdict, by_class=r.by_class, warning=r.warning)
+    gap = r.difference
+    told = {} if gap is None else dict(p=r.test.p, difference=[gap.value, gap.low, gap.high], by_class=r.by_class,
+                                       verdict=r.equivalence.verdict, warning=r.warning)
     return dict(model=model, champion=r.champion, challenger=r.challenger, requests=r.requests, agreement=r.agreement,
                 labelled=r.labelled, text=str(r), **told)
