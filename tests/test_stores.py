@@ -81,6 +81,16 @@ def test_a_change_is_whole_or_not_at_all(store):
 
 
 @both
+def test_a_reader_sees_one_moment(store, url):
+    t, other = store.table("test_still", sql().Column("n", sql().Integer)), open_store(url)
+    with store.read() as c:
+        assert c.execute(sql().select(t)).all() == []
+        with other.write("still") as w: w.execute(t.insert().values(n=1))
+        assert c.execute(sql().select(t)).all() == []
+    with store.read() as c: assert c.execute(sql().select(t)).all() == [(1,)]
+
+
+@both
 def test_the_clock_and_the_secret(store, url):
     import time
     assert abs(store.now() - time.time()) < 60

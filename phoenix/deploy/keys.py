@@ -8,17 +8,18 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.keys.html.md"""
 __all__ = ['SCOPES', 'KeyringError', 'KeyRefused', 'NewKey', 'Principal', 'KeyInfo', 'known_scope', 'Keyring', 'bearer',
            'keys_add', 'keys_rotate', 'keys_list', 'keys_revoke']
 
-# %% ../../nbs/55a_deploy.keys.ipynb #2a0a5561
+# %% ../../nbs/55a_deploy.keys.ipynb #596266b1
 import base64, hmac, re, secrets, time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 
 from fastcore.basics import patch
 
 from .store import Store, open_store, sql
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/55a_deploy.keys.ipynb #ec640d44
+# %% ../../nbs/55a_deploy.keys.ipynb #1da83df0
 class KeyringError(PhoenixError):
     "A key that cannot be made, changed or found"
 
@@ -33,7 +34,7 @@ class KeyRefused(PhoenixError):
 SCOPES = {"read": "see models and own jobs", "predict": "have pictures classified and explained",
           "metrics": "read operational numbers", "admin": "change models, keys and limits"}
 
-# %% ../../nbs/55a_deploy.keys.ipynb #3cb64c2b
+# %% ../../nbs/55a_deploy.keys.ipynb #c6209a0a
 class NewKey:
     "A fresh key: it gives its text once and never prints it"
     __slots__ = ("key_id", "tenant", "_text")
@@ -54,7 +55,7 @@ class NewKey:
         if text is None: raise KeyringError("A key must be kept when it is shown, it is shown once; rotate it")
         return text
 
-# %% ../../nbs/55a_deploy.keys.ipynb #5925baff
+# %% ../../nbs/55a_deploy.keys.ipynb #a761e561
 @dataclass(frozen=True)
 class Principal:
     "Who a request comes from"
@@ -90,7 +91,7 @@ def known_scope(
         raise KeyringError(f"A scope must be one of {list(SCOPES)}, got {scope!r}{did_you_mean(scope, SCOPES)}")
     return scope
 
-# %% ../../nbs/55a_deploy.keys.ipynb #bfdb2497
+# %% ../../nbs/55a_deploy.keys.ipynb #36aba650
 def _hasher():
     "Argon2id, 19 MiB and two passes"
     try: from argon2 import PasswordHasher
@@ -112,7 +113,7 @@ class Keyring:
         self._keys = store.table("keys", text("key_id", 32, primary_key=True), text("tenant", 40), text("scopes", 80),
                                  text("label", 80), text("hash", 200), sa.Column("created", sa.Double),
                                  sa.Column("expires", sa.Double), sa.Column("revoked", sa.Double), text("follows", 32))
-        self._nobody, self._proven = self._argon.hash(secrets.token_hex(32)), {}
+        self._nobody, self._proven, self._turns = self._argon.hash(secrets.token_hex(32)), {}, BoundedSemaphore(4)
 
     def __repr__(self): return f"Keyring({self.store!r})"
 
@@ -123,7 +124,7 @@ class Keyring:
 
 def _digest(key, text): return hmac.new(key, text.encode(errors="replace"), "sha256").hexdigest()
 
-# %% ../../nbs/55a_deploy.keys.ipynb #f4bf31d3
+# %% ../../nbs/55a_deploy.keys.ipynb #7f510196
 @patch
 def add(self:Keyring,
     tenant:str, # whose it is: small letters, digits, - and _
@@ -149,7 +150,7 @@ def add(self:Keyring,
     with self.store.write("keys") as c: c.execute(self._keys.insert().values(row))
     return NewKey(row["key_id"], tenant, text)
 
-# %% ../../nbs/55a_deploy.keys.ipynb #43082768
+# %% ../../nbs/55a_deploy.keys.ipynb #8fac9646
 @patch
 def _check(self:Keyring, text):
     "The principal of a key, or None; one row and one Argon2 hash whatever the key"
@@ -164,7 +165,8 @@ def _check(self:Keyring, text):
 def _verify(self:Keyring, hash, proof):
     "One Argon2 hash, and whether it fits"
     from argon2.exceptions import InvalidHashError, VerifyMismatchError
-    try: return self._argon.verify(hash, proof)
+    try:
+        with self._turns: return self._argon.verify(hash, proof)
     except VerifyMismatchError: return False
     except InvalidHashError:
         raise KeyringError("A stored hash must be Argon2's, one is not: the store was edited; revoke it") from None
@@ -177,7 +179,7 @@ def _row(self:Keyring, key_id):
         found = c.execute(sql().select(self._keys).where(self._keys.c.key_id == key_id)).mappings().first()
     return dict(found) if found else None
 
-# %% ../../nbs/55a_deploy.keys.ipynb #30d4a53a
+# %% ../../nbs/55a_deploy.keys.ipynb #bc4fc3e6
 def _alive(row, now):
     "Whether a row may open anything: neither revoked nor past its time"
     return bool(row) and row["revoked"] is None and (row["expires"] is None or now < row["expires"])
@@ -192,7 +194,7 @@ def _remember(self:Keyring, good, text, row):
     if len(self._proven) >= 10_000: self._proven.clear()
     if good: self._proven[self._proof(text)] = time.monotonic() + self.cache_s, row["key_id"], row["hash"]
 
-# %% ../../nbs/55a_deploy.keys.ipynb #114cd1e0
+# %% ../../nbs/55a_deploy.keys.ipynb #73cd4144
 @patch
 def authenticate(self:Keyring,
     text:str|None, # what the request carries, if anything
@@ -220,7 +222,7 @@ def authorize(self:Keyring,
         raise KeyRefused(403, f"The key must have the scope {scope!r}, it has not; ask for one that has")
     return principal
 
-# %% ../../nbs/55a_deploy.keys.ipynb #85c2c612
+# %% ../../nbs/55a_deploy.keys.ipynb #7c9e5d55
 @patch
 def _change(self:Keyring, key_id, **values):
     t = self._keys
@@ -251,7 +253,7 @@ def rotate(self:Keyring,
     self._change(key_id, expires=end)
     return new
 
-# %% ../../nbs/55a_deploy.keys.ipynb #7c93169d
+# %% ../../nbs/55a_deploy.keys.ipynb #e05cea7a
 @patch
 def revoke(self:Keyring,
     key_id:str, # public name
@@ -260,7 +262,7 @@ def revoke(self:Keyring,
     self._known(key_id)
     self._change(key_id, revoked=self.store.now())
 
-# %% ../../nbs/55a_deploy.keys.ipynb #d3295fb0
+# %% ../../nbs/55a_deploy.keys.ipynb #810e5770
 @patch
 def list(self:Keyring,
     tenant:str="", # whose; all when ''
@@ -279,7 +281,7 @@ def bearer(
     scheme, _, text = found.get("authorization", "").partition(" ")
     return text.strip() if scheme.lower() == "bearer" else found.get("x-api-key")
 
-# %% ../../nbs/55a_deploy.keys.ipynb #4853d2b7
+# %% ../../nbs/55a_deploy.keys.ipynb #94caf22b
 def keys_add(
     tenant:str, # whose it is
     *,
@@ -303,7 +305,7 @@ def keys_rotate(
     new = Keyring(open_store(store)).rotate(key_id, overlap_s=overlap_s)
     return dict(key=new.reveal(), key_id=new.key_id, tenant=new.tenant)
 
-# %% ../../nbs/55a_deploy.keys.ipynb #07bd08f3
+# %% ../../nbs/55a_deploy.keys.ipynb #41382a42
 def _time(x): return "" if x is None else time.strftime("%Y-%m-%d %H:%M", time.gmtime(x))
 
 

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.limits.html.md"""
 # %% auto #0
 __all__ = ['LimitError', 'Rule', 'pass_time', 'Plan', 'period_of', 'Decision', 'Limiter', 'Usage', 'usage_export']
 
-# %% ../../nbs/55b_deploy.limits.ipynb #a71a72a5
+# %% ../../nbs/55b_deploy.limits.ipynb #0a290977
 import csv, datetime, io, json, math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .store import Store, open_store, sql
 from ..settings import PhoenixError
 
-# %% ../../nbs/55b_deploy.limits.ipynb #d1ec677f
+# %% ../../nbs/55b_deploy.limits.ipynb #bf1861ed
 class LimitError(PhoenixError):
     "A plan that cannot be, or a cost that no plan can bear"
 
@@ -45,7 +45,7 @@ class Rule:
         "b"
         return self.burst or math.ceil(self.rate)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #d44c1945
+# %% ../../nbs/55b_deploy.limits.ipynb #db285c05
 def pass_time(
     full:float, # when the bucket will be full again; 0 for a new one
     now:float, # seconds
@@ -57,7 +57,7 @@ def pass_time(
     after = min(max(full, now), now + most) + cost*rule.step
     return after, max(0., after - now - most)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #a19e2dfb
+# %% ../../nbs/55b_deploy.limits.ipynb #ac214031
 @dataclass(frozen=True)
 class Plan:
     "What a tenant may use"
@@ -93,7 +93,7 @@ def period_of(
     end = (start.replace(day=1) + datetime.timedelta(days=32)).replace(day=1)
     return t.strftime("%Y-%m"), (end - t).total_seconds()
 
-# %% ../../nbs/55b_deploy.limits.ipynb #be4fafa5
+# %% ../../nbs/55b_deploy.limits.ipynb #73d4d2e9
 @dataclass(frozen=True)
 class Decision:
     "Whether a request may pass, and what to tell the client"
@@ -113,7 +113,7 @@ class Decision:
         told = {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)} if self.limit else {}
         return told if self.ok else told | {"Retry-After": str(self.retry_after_s)}
 
-# %% ../../nbs/55b_deploy.limits.ipynb #43f7c0ec
+# %% ../../nbs/55b_deploy.limits.ipynb #a7c3b67a
 class Limiter:
     "Rates and quotas of all keys and tenants"
     def __init__(self,
@@ -155,7 +155,7 @@ def _put(c, table, key, **values):
     if not c.execute(table.update().filter_by(**key).values(values)).rowcount:
         c.execute(table.insert().values(key | values))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #57297154
+# %% ../../nbs/55b_deploy.limits.ipynb #ae755ae4
 @patch
 def take(self:Limiter,
     key_id:str, # public name of the key
@@ -180,25 +180,32 @@ def take(self:Limiter,
 @patch
 def _rate_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
     "What each rate would become"
+    fulls = _values(c, self._rates, "full", f"key {key_id}", f"tenant {tenant}")
     for what, rule, who in (("key", plan.key, key_id), ("tenant", plan.tenant, tenant)):
         if rule is None: continue
         if cost > rule.room:
             raise LimitError(f"A request must cost at most the {what}'s burst {rule.room}, got {cost}; split it")
         key = dict(subject=f"{what} {who}")
-        full = c.execute(sql().select(self._rates.c.full).filter_by(**key)).scalar() or 0.
-        after, wait = pass_time(full, now, rule, cost)
+        after, wait = pass_time(fulls.get(key["subject"], 0.), now, rule, cost)
         yield dict(reason=f"{what} rate", table=self._rates, key=key, values=dict(full=after), wait=wait,
                    limit=rule.room, left=int(rule.room - (after - now)/rule.step + 1e-6))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #875ccf18
+
+def _values(c, table, column, *subjects, **where):
+    "A column by subject, for the subjects that have a row"
+    q = sql().select(table.c.subject, table.c[column]).where(table.c.subject.in_(subjects)).filter_by(**where)
+    return dict(tuple(r) for r in c.execute(q))
+
+# %% ../../nbs/55b_deploy.limits.ipynb #fa1906b4
 @patch
 def _quota_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
     "What each quota would become"
     period, rest = period_of(now, plan.period)
+    counts = _values(c, self._quotas, "used", f"key {key_id}", f"tenant {tenant}", period=period)
     for what, quota, who in (("key", plan.key_quota, key_id), ("tenant", plan.tenant_quota, tenant)):
         if quota is None: continue
         key = dict(subject=f"{what} {who}", period=period)
-        used = c.execute(sql().select(self._quotas.c.used).filter_by(**key)).scalar() or 0
+        used = counts.get(key["subject"], 0)
         yield dict(reason=f"{what} quota", table=self._quotas, key=key, values=dict(used=used + cost),
                    wait=rest if used + cost > quota else 0., limit=quota, left=quota - used - cost)
 
@@ -219,7 +226,7 @@ def give_back(self:Limiter,
             same = (t.c.subject == f"{what} {who}") & (t.c.period == period) & (t.c.used >= cost)
             c.execute(t.update().where(same).values(used=t.c.used - cost))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #f9dd8fc4
+# %% ../../nbs/55b_deploy.limits.ipynb #aa3ce226
 class Usage:
     "What tenants used, by key and day"
     def __init__(self,
@@ -263,7 +270,7 @@ def _day(text):
     try: return text and datetime.date.fromisoformat(text).isoformat()
     except ValueError: raise LimitError(f"A day must look like 2026-01-31, got {text!r}; correct it") from None
 
-# %% ../../nbs/55b_deploy.limits.ipynb #b3887b33
+# %% ../../nbs/55b_deploy.limits.ipynb #20bd7fba
 @patch
 def export(self:Usage,
     tenant:str="", # whose; all when ''

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.store.html.md"""
 # %% auto #0
 __all__ = ['StoreError', 'sql', 'store_url', 'Store', 'scrubbed', 'open_store']
 
-# %% ../../nbs/54s_deploy.store.ipynb #44ed7191
+# %% ../../nbs/54s_deploy.store.ipynb #8b2176d8
 import contextlib, hashlib, hmac, os, re, secrets, threading, time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ..settings import PhoenixError
 
-# %% ../../nbs/54s_deploy.store.ipynb #912f5f36
+# %% ../../nbs/54s_deploy.store.ipynb #d2d0cf72
 class StoreError(PhoenixError):
     "A store that cannot be opened, reached or trusted"
 
@@ -28,7 +28,7 @@ def sql()->object: # the module
         raise StoreError("A store needs SQLAlchemy, which is absent; install phoenix-mri[serve]") from None
     return sqlalchemy
 
-# %% ../../nbs/54s_deploy.store.ipynb #e12ec6d9
+# %% ../../nbs/54s_deploy.store.ipynb #cbc51f19
 def store_url(
     where:str|Path="", # '' for $PHOENIX_STORE or else runs/phoenix.db; a path; or a database URL
 )->str: # SQLAlchemy's URL
@@ -38,7 +38,7 @@ def store_url(
         return "postgresql+psycopg://" + where.split("://", 1)[1]
     return where if "://" in where else f"sqlite:///{Path(where).expanduser().absolute()}"
 
-# %% ../../nbs/54s_deploy.store.ipynb #80af1095
+# %% ../../nbs/54s_deploy.store.ipynb #5c8274e6
 def _open_engine(url):
     "An engine; SQLite waits for its turn, writes ahead, and leaves transactions to the store"
     sa = sql()
@@ -69,7 +69,7 @@ def _begin_sqlite(connection):
     write = connection.get_execution_options().get("phoenix_write")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
-# %% ../../nbs/54s_deploy.store.ipynb #57d9bf8c
+# %% ../../nbs/54s_deploy.store.ipynb #7a96601d
 class Store:
     "A database that processes share; open one in each process, threads may share it"
     def __init__(self,
@@ -79,6 +79,8 @@ class Store:
         self.kind, self.metadata = self.engine.url.get_backend_name(), sql().MetaData()
         self._turn, self._mine, self._secret = threading.Lock(), threading.local(), None
         self._writer = self.engine.execution_options(phoenix_write=True)
+        still = {} if self.kind == "sqlite" else dict(isolation_level="REPEATABLE READ")
+        self._reader = self.engine.execution_options(**still)
 
     def __repr__(self): return f"Store({self.engine.url.render_as_string(hide_password=True)!r})"
 
@@ -97,8 +99,8 @@ class Store:
                              f"{type(e.orig).__name__}: {scrubbed(e.orig)}; look at the database") from e
 
     def read(self)->contextlib.AbstractContextManager: # a SQLAlchemy connection
-        "One consistent view"
-        return self._connected(self.engine)
+        "One consistent view: what others write meanwhile is not seen"
+        return self._connected(self._reader)
 
 
 def scrubbed(
@@ -108,7 +110,7 @@ def scrubbed(
     first = (str(e).splitlines() or [""])[0]
     return re.sub(r"//[^@\s/]*@", "//…@", first)[:200]
 
-# %% ../../nbs/54s_deploy.store.ipynb #9dc60efd
+# %% ../../nbs/54s_deploy.store.ipynb #d4585b65
 @patch
 @contextlib.contextmanager
 def write(self:Store,
@@ -131,7 +133,7 @@ def _wait_for(connection, topic):
     number = int.from_bytes(hashlib.sha256(topic.encode()).digest()[:8], "big", signed=True)
     connection.execute(sql().text("SELECT pg_advisory_xact_lock(:n)"), dict(n=number))
 
-# %% ../../nbs/54s_deploy.store.ipynb #4a21607b
+# %% ../../nbs/54s_deploy.store.ipynb #742604f8
 @patch
 def table(self:Store,
     name:str, # of the table; phoenix_ is put before it
@@ -161,7 +163,7 @@ def _freeze(connection, name, kind):
     run(f"CREATE TRIGGER {name}_frozen BEFORE UPDATE OR DELETE OR TRUNCATE ON {name} "
         f"FOR EACH STATEMENT EXECUTE FUNCTION {name}_refuse()")
 
-# %% ../../nbs/54s_deploy.store.ipynb #a363abfa
+# %% ../../nbs/54s_deploy.store.ipynb #0327fb29
 @patch
 def now(self:Store,
     connection:object|None=None, # an open one, when there is one
@@ -172,7 +174,7 @@ def now(self:Store,
         with self.read() as c: return self.now(c)
     return float(connection.execute(sql().text("SELECT extract(epoch FROM clock_timestamp())")).scalar())
 
-# %% ../../nbs/54s_deploy.store.ipynb #a2a47025
+# %% ../../nbs/54s_deploy.store.ipynb #4906ffdb
 @patch
 def subkey(self:Store,
     purpose:str, # what it is for, such as 'keys'
@@ -202,7 +204,7 @@ def _secret_file(path):
         part.unlink()
     return path.read_text().strip()
 
-# %% ../../nbs/54s_deploy.store.ipynb #28ac56ad
+# %% ../../nbs/54s_deploy.store.ipynb #47aea005
 def _checked(store, secret):
     "The secret, if it is the one this database was begun with"
     mark = hmac.new(secret, b"phoenix mark", "sha256").hexdigest()
@@ -221,7 +223,7 @@ def _meta(store, name, value):
         if kept is None: c.execute(sa.insert(t).values(name=name, value=value))
     return value if kept is None else kept
 
-# %% ../../nbs/54s_deploy.store.ipynb #81052159
+# %% ../../nbs/54s_deploy.store.ipynb #6c08e885
 def open_store(
     where:str|Path="", # as for `store_url`
 )->Store: # reachable
