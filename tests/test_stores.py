@@ -191,6 +191,40 @@ def test_a_half_full_window_survives_a_restart(store, url):
     assert DriftMonitor(store, other, "m@1").status()["windows"] == 0, "another reference begins anew"
 
 
+@pytest.mark.slow
+@pytest.mark.data
+def test_drift_on_real_images(real_data):
+    "No drift between halves of one set beyond the stated rate; inversion and a softer scanner are found"
+    import cv2
+    from phoenix.data.pixels import read_pixels
+    from phoenix.deploy.drift import _project, describe, input_facts, judge_window
+    files = sorted((real_data/"sartajbhuvaji/Training").rglob("*.jpg"))
+    g = np.random.default_rng(0)
+    grey = [read_pixels(files[i]).grey for i in g.permutation(len(files))[:1200]]
+    probs = np.eye(4)[g.integers(0, 4, len(grey))]
+
+    def seen(images): return np.array([describe(x) for x in images]), np.array([input_facts(x) for x in images])
+
+    def share(ref, e, p, f, n):
+        z, broken = _project(ref.arrays, e), np.array([bool(ref.violations(x)) for x in f])
+        found = [judge_window(ref, z[i], p[i].argmax(1), broken[i]) for i in (g.permutation(len(e))[:32] for _ in range(n))]
+        return np.mean([min(x.values()) <= ref.alpha/3 for x in found])
+
+    e, f = seen(grey)
+    null, refs = [], []
+    for _ in range(4):
+        i = g.permutation(len(grey))
+        a, b = i[:600], i[600:]
+        refs.append(make_reference(e[a], probs[a], f[a], classes=list("abcd"), window=32, alpha=.05))
+        null.append(share(refs[-1], e[b], probs[b], f[b], 150))
+    new = [grey[k] for k in b[:200]]
+    soft = [np.clip(255*(cv2.GaussianBlur(x, (0, 0), 1.2)/255.)**.8, 0, 255).astype(np.uint8) for x in new]
+    shares = {k: share(refs[-1], *(lambda s: (s[0], probs[:200], s[1]))(seen(v)), 50)
+              for k, v in dict(inverted=[255 - x for x in new], soft=soft).items()}
+    print(f"alerts: null {null}, {shares}")
+    assert np.mean(null) <= .05 + 3*np.sqrt(.05*.95/600) and min(shares.values()) > .95, (null, shares)
+
+
 def folder(root, name, scale):
     "A model folder whose network is a mean"
     make, f32 = onnx.helper, onnx.TensorProto.FLOAT

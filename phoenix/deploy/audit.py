@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.audit.html.md"""
 __all__ = ['AuditError', 'Chain', 'check_chain', 'AuditLog', 'Trace', 'new_trace', 'parse_traceparent', 'trace_of', 'use_trace',
            'scrub', 'JsonFormatter', 'json_logging']
 
-# %% ../../nbs/55c_deploy.audit.ipynb #23c64a04
+# %% ../../nbs/55c_deploy.audit.ipynb #d938dd0a
 import contextlib, datetime, hmac, json, logging, re, secrets, sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .store import Store, sql
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/55c_deploy.audit.ipynb #ac7cd4b0
+# %% ../../nbs/55c_deploy.audit.ipynb #c58b5389
 class AuditError(PhoenixError):
     "An entry the audit log does not take"
 
@@ -42,7 +42,7 @@ def _checked(values):
             f"The field {name} must fit {_FIELDS[name] or 'text'}, this does not; send a code, never a name")
     return values
 
-# %% ../../nbs/55c_deploy.audit.ipynb #615fcbbf
+# %% ../../nbs/55c_deploy.audit.ipynb #b44c95b3
 def _seal(key, n, previous, text): return hmac.new(key, f"{n}\n{previous}\n{text}".encode(), "sha256").hexdigest()
 
 
@@ -68,7 +68,7 @@ def check_chain(
             yield f"entry {n} does not fit its seal: it or the one before it was edited, removed or exchanged"
         last, place = seal, n + 1
 
-# %% ../../nbs/55c_deploy.audit.ipynb #1a6c0053
+# %% ../../nbs/55c_deploy.audit.ipynb #db7abeb7
 class AuditLog:
     "The audit log of a deployment"
     def __init__(self,
@@ -94,7 +94,7 @@ class AuditLog:
         when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="milliseconds")
         return json.dumps(blurred | dict(time=when), sort_keys=True, separators=(",", ":"))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #5863aa5c
+# %% ../../nbs/55c_deploy.audit.ipynb #40ca505a
 @patch
 def extend(self:AuditLog,
     entries:Sequence[Mapping], # fields of each; `event` is needed
@@ -123,7 +123,7 @@ def append(self:AuditLog,
     "Append one entry"
     self.extend([dict(event=event, **fields)])
 
-# %% ../../nbs/55c_deploy.audit.ipynb #7c19ded1
+# %% ../../nbs/55c_deploy.audit.ipynb #8e82edf4
 @patch
 def tail(self:AuditLog,
     n:int=100, # how many
@@ -141,7 +141,7 @@ def receipt(self:AuditLog)->dict: # entries and seal
         head = c.execute(sql().select(self._head.c.entries, self._head.c.seal)).mappings().first()
     return dict(head) if head else dict(entries=0, seal="")
 
-# %% ../../nbs/55c_deploy.audit.ipynb #2b3a0810
+# %% ../../nbs/55c_deploy.audit.ipynb #2a67462d
 @patch
 def verify(self:AuditLog,
     receipts:Sequence[Mapping]=(), # kept from `receipt`
@@ -163,7 +163,7 @@ def _judge(self:AuditLog, c, receipts):
                 for r in receipts if seals.get(r["entries"]) != r["seal"]]
     return Chain(not reasons, reasons, len(rows))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #6680ee0f
+# %% ../../nbs/55c_deploy.audit.ipynb #3b7fc54c
 @dataclass(frozen=True)
 class Trace:
     "Where a piece of work belongs"
@@ -193,7 +193,7 @@ def parse_traceparent(
     if not m or m[1] == "ff" or (m[1] == "00" and m[5]) or not int(m[2], 16) or not int(m[3], 16): return None
     return Trace(m[2], m[3], bool(int(m[4], 16) & 1))
 
-# %% ../../nbs/55c_deploy.audit.ipynb #99b4fdd1
+# %% ../../nbs/55c_deploy.audit.ipynb #251610b9
 def trace_of(
     headers:Mapping[str,str], # of a request, names in any case
 )->Trace: # a child of the caller's, or the beginning of a new one
@@ -215,7 +215,7 @@ def use_trace(
     try: yield trace
     finally: _CURRENT.reset(token)
 
-# %% ../../nbs/55c_deploy.audit.ipynb #d2b1e6dd
+# %% ../../nbs/55c_deploy.audit.ipynb #9f309db7
 _GROUPS = "[0-9a-f]{1,4}(?::[0-9a-f]{1,4})*"
 _IPV6 = rf"(?<![\w:])(?:(?:[0-9a-f]{{1,4}}:){{7}}[0-9a-f]{{1,4}}|(?:{_GROUPS})?::(?:{_GROUPS})?)(?![\w:])"
 _SCRUB = [(re.compile(p, re.I), by) for p, by in (
@@ -234,7 +234,7 @@ def scrub(
     for pattern, by in _SCRUB: text = pattern.sub(by, text)
     return text
 
-# %% ../../nbs/55c_deploy.audit.ipynb #821e10e2
+# %% ../../nbs/55c_deploy.audit.ipynb #7c4dd3ff
 class JsonFormatter(logging.Formatter):
     "Log records as JSON, one a line, scrubbed, with the trace"
     def format(self,
@@ -258,7 +258,7 @@ def _place(e):
     while t and t.tb_next: t = t.tb_next
     return type(e).__name__ + (f" in {t.tb_frame.f_code.co_name}, line {t.tb_lineno}" if t else "")
 
-# %% ../../nbs/55c_deploy.audit.ipynb #b65aab87
+# %% ../../nbs/55c_deploy.audit.ipynb #8f41f9d4
 def json_logging(
     stream:IO|None=None, # where to; the standard error when None
     *,

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.limits.html.md"""
 # %% auto #0
 __all__ = ['LimitError', 'Rule', 'pass_time', 'Plan', 'period_of', 'Decision', 'Limiter', 'Usage', 'usage_export']
 
-# %% ../../nbs/55b_deploy.limits.ipynb #0a290977
+# %% ../../nbs/55b_deploy.limits.ipynb #e13f41c5
 import csv, datetime, io, json, math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .store import Store, open_store, sql
 from ..settings import PhoenixError
 
-# %% ../../nbs/55b_deploy.limits.ipynb #bf1861ed
+# %% ../../nbs/55b_deploy.limits.ipynb #9ec78fd4
 class LimitError(PhoenixError):
     "A plan that cannot be, or a cost that no plan can bear"
 
@@ -45,7 +45,7 @@ class Rule:
         "b"
         return self.burst or math.ceil(self.rate)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #db285c05
+# %% ../../nbs/55b_deploy.limits.ipynb #76960668
 def pass_time(
     full:float, # when the bucket will be full again; 0 for a new one
     now:float, # seconds
@@ -57,7 +57,7 @@ def pass_time(
     after = min(max(full, now), now + most) + cost*rule.step
     return after, max(0., after - now - most)
 
-# %% ../../nbs/55b_deploy.limits.ipynb #ac214031
+# %% ../../nbs/55b_deploy.limits.ipynb #e913e45e
 @dataclass(frozen=True)
 class Plan:
     "What a tenant may use"
@@ -93,7 +93,7 @@ def period_of(
     end = (start.replace(day=1) + datetime.timedelta(days=32)).replace(day=1)
     return t.strftime("%Y-%m"), (end - t).total_seconds()
 
-# %% ../../nbs/55b_deploy.limits.ipynb #73d4d2e9
+# %% ../../nbs/55b_deploy.limits.ipynb #d25b0060
 @dataclass(frozen=True)
 class Decision:
     "Whether a request may pass, and what to tell the client"
@@ -113,7 +113,7 @@ class Decision:
         told = {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)} if self.limit else {}
         return told if self.ok else told | {"Retry-After": str(self.retry_after_s)}
 
-# %% ../../nbs/55b_deploy.limits.ipynb #a7c3b67a
+# %% ../../nbs/55b_deploy.limits.ipynb #9ed8dd29
 class Limiter:
     "Rates and quotas of all keys and tenants"
     def __init__(self,
@@ -155,7 +155,7 @@ def _put(c, table, key, **values):
     if not c.execute(table.update().filter_by(**key).values(values)).rowcount:
         c.execute(table.insert().values(key | values))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #ae755ae4
+# %% ../../nbs/55b_deploy.limits.ipynb #d4bc6d1f
 @patch
 def take(self:Limiter,
     key_id:str, # public name of the key
@@ -196,7 +196,7 @@ def _values(c, table, column, *subjects, **where):
     q = sql().select(table.c.subject, table.c[column]).where(table.c.subject.in_(subjects)).filter_by(**where)
     return dict(tuple(r) for r in c.execute(q))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #fa1906b4
+# %% ../../nbs/55b_deploy.limits.ipynb #58a0288e
 @patch
 def _quota_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
     "What each quota would become"
@@ -226,7 +226,7 @@ def give_back(self:Limiter,
             same = (t.c.subject == f"{what} {who}") & (t.c.period == period) & (t.c.used >= cost)
             c.execute(t.update().where(same).values(used=t.c.used - cost))
 
-# %% ../../nbs/55b_deploy.limits.ipynb #aa3ce226
+# %% ../../nbs/55b_deploy.limits.ipynb #5ad6f03b
 class Usage:
     "What tenants used, by key and day"
     def __init__(self,
@@ -270,7 +270,7 @@ def _day(text):
     try: return text and datetime.date.fromisoformat(text).isoformat()
     except ValueError: raise LimitError(f"A day must look like 2026-01-31, got {text!r}; correct it") from None
 
-# %% ../../nbs/55b_deploy.limits.ipynb #20bd7fba
+# %% ../../nbs/55b_deploy.limits.ipynb #046b0a9b
 @patch
 def export(self:Usage,
     tenant:str="", # whose; all when ''
