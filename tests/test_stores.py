@@ -297,6 +297,17 @@ def test_promote_refuses_a_folder_that_changed(tmp_path, folders):
     with pytest.raises(RegistryError, match="promote a version"): registry.state("tumour").serving("k")
 
 
+def test_a_reference_is_made_by_the_models_own_network(tmp_path, folders):
+    import cv2
+    from phoenix.deploy.drift import reference_of
+    from phoenix.deploy.package import load_package
+    g = np.random.default_rng(0)
+    for i in range(48): cv2.imwrite(str(tmp_path/f"{i}.png"), g.integers(0, 255, (32, 32), dtype=np.uint8))
+    paths, package = sorted(tmp_path.glob("*.png")), load_package(folders[0])
+    ref = reference_of(package, paths, window=8, alpha=.05)
+    assert ref.classes == ("bright", "dark") and ref.arrays["mix"][0] > .9, "the mean of noise is bright"
+
+
 @both
 def test_secrets_are_in_no_output(store, capsys, caplog):
     from phoenix.deploy.keys import keys_list, keys_revoke
