@@ -7,8 +7,9 @@ set -uo pipefail
 
 binaries() {  # the newest installed PostgreSQL's folder of programs
   local found
-  found=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1)
-  [ -x "$found/initdb" ] && echo "$found" || dirname "$(readlink -f "$(command -v initdb)")" 2>/dev/null
+  found=$(ls /usr/lib/postgresql/*/bin/initdb 2>/dev/null | sort -V | tail -1)
+  [ -n "$found" ] || found=$(readlink -f "$(command -v initdb)" 2>/dev/null)
+  [ -x "$found" ] && dirname "$found"
 }
 
 install() {  # Debian's package, without a cluster of its own

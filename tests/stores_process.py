@@ -35,7 +35,7 @@ def count():
     "Read, wait, write: lost updates would show"
     store = open_store(URL)
     t = store.table("test_count", sql().Column("n", sql().Integer))
-    for _ in range(20):
+    for _ in range(12):
         with store.write("count") as c:
             n = c.execute(sql().select(t.c.n)).scalar()
             time.sleep(.001)
@@ -45,18 +45,18 @@ def count():
 
 def take(n, key="k"):
     "How many of n requests pass"
-    limiter = Limiter(open_store(URL), Plan(Rule(1, 3600., burst=40), Rule(1, 3600., burst=60), tenant_quota=10_000))
+    limiter = Limiter(open_store(URL), Plan(Rule(1, 3600., burst=12), Rule(1, 3600., burst=18), tenant_quota=10_000))
     return sum(limiter.take(key, "clinic").ok for _ in range(n))
 
 
 def quota(n):
-    limiter = Limiter(open_store(URL), Plan(None, None, tenant_quota=25))
+    limiter = Limiter(open_store(URL), Plan(None, None, tenant_quota=9))
     return [d.reason for d in (limiter.take("k", "other") for _ in range(n))].count("")
 
 
 def log(event):
     audit = AuditLog(open_store(URL))
-    for i in range(15): audit.append(event, count=i)
+    for i in range(8): audit.append(event, count=i)
     return i
 
 
@@ -95,8 +95,8 @@ def arms():
 if __name__ == "__main__":
     open_store(URL).subkey("first")
     count_first = forked(count, count)
-    out = dict(count=max(count_first) + 1, first=forked(lambda: take(50), lambda: take(50)), again=forked(lambda: take(9))[0])
-    out |= dict(tenant=forked(lambda: take(30, "a"), lambda: take(30, "b")), quota=forked(lambda: quota(20), lambda: quota(20)))
+    out = dict(count=max(count_first) + 1, first=forked(lambda: take(12), lambda: take(12)), again=forked(lambda: take(3))[0])
+    out |= dict(tenant=forked(lambda: take(6, "a"), lambda: take(6, "b")), quota=forked(lambda: quota(7), lambda: quota(7)))
     out["logged"] = forked(lambda: log("one"), lambda: log("two"))
     chain = AuditLog(open_store(URL)).verify()
     out |= dict(chain=[chain.ok, chain.entries], killed=killed(), arms=arms())

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.drift.html.md"""
 __all__ = ['FACTS', 'DriftError', 'input_facts', 'describe', 'mmd', 'Reference', 'make_reference', 'judge_window',
            'save_reference', 'load_reference', 'Alert', 'DriftMonitor', 'reference_of', 'plot_drift']
 
-# %% ../../nbs/55d_deploy.drift.ipynb #875ee110
+# %% ../../nbs/55d_deploy.drift.ipynb #1328a428
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..plots import style
 from ..records import hash_json, read_json, sha256_bytes, write_bytes, write_json
 from ..settings import PhoenixError
 
-# %% ../../nbs/55d_deploy.drift.ipynb #08d43a3c
+# %% ../../nbs/55d_deploy.drift.ipynb #aeb1e1a6
 class DriftError(PhoenixError):
     "A reference that cannot be made or trusted, or rows that do not fit it"
 
@@ -42,7 +42,7 @@ def _grey(image):
         raise DriftError(f"A picture must be grey, 8 pixels or more a side, got {x.dtype} {x.shape}; convert it")
     return x.astype(np.float32)/(np.iinfo(x.dtype).max if x.dtype.kind == "u" else 1)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #3dd129e1
+# %% ../../nbs/55d_deploy.drift.ipynb #aa15a05f
 FACTS = ("height", "width", "mean", "contrast", "dark", "border", "sharpness", "noise")
 
 
@@ -59,7 +59,7 @@ def input_facts(
     return np.array([*x.shape, x.mean(), high - low, (x < .05).mean(), frame.mean(),
                      np.hypot(gy, gx).mean()/max(high - low, 1e-6), rough], np.float64)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #4307a7a1
+# %% ../../nbs/55d_deploy.drift.ipynb #d422049c
 def describe(
     image:np.ndarray, # `(H,W)` as for `input_facts`
 )->np.ndarray: # `(85,)` float32
@@ -72,7 +72,7 @@ def describe(
     rings = np.bincount(ring, power.ravel(), 12)/np.bincount(ring, minlength=12)
     return np.concatenate([small, np.quantile(x, np.linspace(.1, .9, 9)), np.log(rings + 1e-6)/10]).astype(np.float32)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #784f1f1d
+# %% ../../nbs/55d_deploy.drift.ipynb #8db60601
 def _squares(a, b): return np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2*a@b.T, 0)
 
 
@@ -81,7 +81,7 @@ def _kernel(a, b, width): return np.exp(-_squares(a, b)/(2*width**2))
 
 def _among(k): return (k.sum() - np.trace(k))/(len(k)*(len(k) - 1))
 
-# %% ../../nbs/55d_deploy.drift.ipynb #f8e9f6fd
+# %% ../../nbs/55d_deploy.drift.ipynb #9efba67c
 def mmd(
     x:np.ndarray, # `(n,d)` rows of a window
     r:np.ndarray, # `(m,d)` rows of the reference
@@ -92,7 +92,7 @@ def mmd(
     within = _among(_kernel(r, r, width)) if within is None else within
     return float(_among(_kernel(x, x, width)) - 2*_kernel(x, r, width).mean() + within)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #623f9487
+# %% ../../nbs/55d_deploy.drift.ipynb #8b5b8bb4
 def _components(x, share=.95, most=16):
     "Mean, whitening `(d,k)` and directions `(d,k)` of the main components"
     mean = x.mean(0)
@@ -109,7 +109,7 @@ def _project(a, x):
     middle, spread = a.get("rest", (0., 1.))
     return np.concatenate([gap@a["whiten"], np.clip((rest - middle)/spread, -20, 20)], 1)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #52b9e8dd
+# %% ../../nbs/55d_deploy.drift.ipynb #5204d449
 @dataclass(frozen=True)
 class Reference:
     "What requests are compared with"
@@ -138,7 +138,7 @@ def _identity(classes, names, window, alpha, arrays):
     parts = {k: sha256_bytes(np.ascontiguousarray(v).tobytes()) for k, v in arrays.items()}
     return hash_json([classes, names, window, alpha, parts])
 
-# %% ../../nbs/55d_deploy.drift.ipynb #47da52c2
+# %% ../../nbs/55d_deploy.drift.ipynb #2a1648b1
 def _halves(groups, n, g):
     "Row numbers of two halves, no group on both sides"
     codes = np.unique(groups, return_inverse=True)[1] if groups is not None else np.arange(n)
@@ -157,7 +157,7 @@ def _draw_windows(codes, window, count, g):
         return rows[:window]
     return np.array([one() for _ in range(count)])
 
-# %% ../../nbs/55d_deploy.drift.ipynb #ff033484
+# %% ../../nbs/55d_deploy.drift.ipynb #ff50c717
 def _null_mmd(z, anchors, width, windows):
     "MMD² of many windows of rows `z`, from one kernel matrix"
     k, h = _kernel(z, z, width), _kernel(z, anchors, width).mean(1)
@@ -173,7 +173,7 @@ def _chi2(counts, mix): return ((counts - counts.sum(-1, keepdims=True)*mix)**2/
 
 def _counts(picked, k): return (np.asarray(picked)[..., None] == np.arange(k)).sum(-2)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #b114c734
+# %% ../../nbs/55d_deploy.drift.ipynb #42bc834d
 def _check_rows(embeddings, probs, facts, n_classes=None):
     "The three arrays of the same rows"
     e, p, f = (np.atleast_2d(np.asarray(v, np.float64)) for v in (embeddings, probs, facts))
@@ -197,7 +197,7 @@ def _learn(e, p, f, most=500):
     low, high = f.min(0), f.max(0)
     return a | dict(low=low - .05*(high - low), high=high + .05*(high - low))
 
-# %% ../../nbs/55d_deploy.drift.ipynb #ecd55b31
+# %% ../../nbs/55d_deploy.drift.ipynb #23f60360
 def make_reference(
     embeddings:np.ndarray, # `(N,d)` of pictures the network was not fitted to, such as the validation side
     probs:np.ndarray, # `(N,K)` the model's probabilities for them
@@ -225,7 +225,7 @@ def make_reference(
     stated = tuple(classes), tuple(names), int(window), float(alpha)
     return Reference(*stated, a, _identity(*stated, a))
 
-# %% ../../nbs/55d_deploy.drift.ipynb #73f0ce5c
+# %% ../../nbs/55d_deploy.drift.ipynb #52e6478d
 def judge_window(
     reference:Reference, # to compare with
     z:np.ndarray, # `(W,k+1)` projected embeddings
@@ -241,7 +241,7 @@ def judge_window(
         return float(1 + len(null) - np.searchsorted(null, x - 1e-9))/(len(null) + 1)
     return {k: p(k, x) for k, x in found.items()}
 
-# %% ../../nbs/55d_deploy.drift.ipynb #19793bf2
+# %% ../../nbs/55d_deploy.drift.ipynb #ce977f49
 def save_reference(
     reference:Reference, # to be kept
     folder:str|Path, # made when absent
@@ -268,7 +268,7 @@ def load_reference(
         raise DriftError("A reference must be as it was saved, this one was changed; make it again")
     return Reference(*stated, arrays, told["identity"])
 
-# %% ../../nbs/55d_deploy.drift.ipynb #4d18efd4
+# %% ../../nbs/55d_deploy.drift.ipynb #503c7e3c
 @dataclass(frozen=True)
 class Alert:
     "A window that does not look like the reference"
@@ -300,7 +300,7 @@ class DriftMonitor:
         self._windows = store.table("drift_windows", *first("number"), sa.Column("time", sa.Double),
                                     sa.Column("found", sa.Text), frozen=True)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #4d03eaeb
+# %% ../../nbs/55d_deploy.drift.ipynb #7bccfa55
 @patch
 def add(self:DriftMonitor,
     embeddings:np.ndarray, # `(n,d)` or `(d,)`
@@ -335,7 +335,7 @@ def _close(self:DriftMonitor, c):
     c.execute(t.delete().filter_by(**self._who))
     return self._alerts(number, found)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #e13092c2
+# %% ../../nbs/55d_deploy.drift.ipynb #59b562a9
 @patch
 def _alerts(self:DriftMonitor, number, found):
     "Alerts of one window"
@@ -361,7 +361,7 @@ def status(self:DriftMonitor)->dict[str,Any]: # for metrics: windows, waiting, a
     return dict(model=self.model, windows=len(seen), waiting=waiting, last=seen[-1]["p"] if seen else {},
                 alerts=alerts, quiet_requests=self.reference.quiet_requests)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #d573cfe7
+# %% ../../nbs/55d_deploy.drift.ipynb #6d0839bc
 def reference_of(
     package:Any, # a `Package` (50)
     paths:Sequence[str|Path], # pictures the network was not fitted to, such as the validation side
@@ -375,7 +375,7 @@ def reference_of(
     return make_reference([describe(x) for x in grey], package.probs(paths, runtime), [input_facts(x) for x in grey],
                           classes=package.classes, groups=groups, **how)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #8398229e
+# %% ../../nbs/55d_deploy.drift.ipynb #2164947a
 def plot_drift(
     windows:Sequence[dict], # from `DriftMonitor.windows`
     alpha:float, # of the reference
