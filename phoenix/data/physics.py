@@ -79,11 +79,18 @@ def rician(
     gens:list[np.random.Generator], # one generator per sample
     sigma:tuple[float, float]=(.01, .05), # range of σ, in pixel units
 )->Tensor: # noisy pixels in [0, 1]
-    "Magnitude noise of MRI, Eq. 1 of Gudbjartsson and Patz (1995), the same in all channels"
+    "Magnitude noise of MRI, Eq. 1 of Gudbjartsson and Patz (1995): of each slice its own, of copies of one the same"
     if not max(sigma): return x
-    s = _uniform(gens, *sigma, x.device)
-    n = normal(gens, (2, *x.shape[-2:]), x.device).mul_(s)
-    return torch.sqrt((x + n[:, :1]).square_().add_(n[:, 1:].square())).clamp_(max=1).to(x.dtype)
+    s, c = _uniform(gens, *sigma, x.device), x.shape[1]
+    n = normal(gens, (2*c, *x.shape[-2:]), x.device).mul_(s)
+    real, imaginary = n[:, ::2], n[:, 1::2]
+    if c > 1: real, imaginary = (_as_channels(part, x) for part in (real, imaginary))
+    return torch.sqrt((x + real).square_().add_(imaginary.square())).clamp_(max=1).to(x.dtype)
+
+def _as_channels(noise, x):
+    "Noise of each channel, that of the first wherever all channels of an image are copies of it"
+    copies = (x == x[:, :1]).flatten(1).all(1).view(-1, 1, 1, 1)
+    return torch.where(copies, noise[:, :1], noise)
 
 # %% ../../nbs/18_data.physics.ipynb #efe3f5ba
 @lru_cache(maxsize=16)
