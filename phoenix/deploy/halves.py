@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.halves.html.md"""
 # %% auto #0
 __all__ = ['export_fp16', 'export_weight_only', 'file_parity']
 
-# %% ../../nbs/52g_deploy.halves.ipynb #8ee1c8db
+# %% ../../nbs/52g_deploy.halves.ipynb #554df493
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from .export import sampling_nodes
-from .quantize import EIGHT_BIT, run_logits
+from .quantize import EIGHT_BIT, _prune, run_logits
 from ..records import write_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/52g_deploy.halves.ipynb #8a1dc5e3
+# %% ../../nbs/52g_deploy.halves.ipynb #d9f8f020
 def export_fp16(
     fp32_path:str|Path, # file of `export_onnx`
     out_path:str|Path, # where the file goes, written whole or not at all
@@ -32,12 +32,31 @@ def export_fp16(
     "The network in half precision"
     model = convert_float_to_float16(onnx.load(fp32_path), keep_io_types=True,
                                      node_block_list=[*sampling_nodes(fp32_path), *keep])
+    _bridge(model.graph, {t.name:t for t in onnx.load(fp32_path).graph.initializer})
     OnnxModel(model).topological_sort()
     onnx.checker.check_model(model)
     write_bytes(out_path, model.SerializeToString(deterministic=True))
     return Path(out_path)
 
-# %% ../../nbs/52g_deploy.halves.ipynb #f19d2647
+def _bridge(g, whole):
+    "Between kept nodes nothing passes through 16 bits: neither what they hand on nor their constants"
+    made, known, direct = {o:n for n in g.node for o in n.output}, set(), {}
+    for n in (n for n in g.node if n.op_type=='Cast' and n.output[0].endswith('_cast_to_fp32')):
+        source = made.get(n.input[0])
+        if source is not None and source.op_type=='Cast' and source.input[0]==f'{n.input[0]}_cast_to_fp16':
+            direct[n.output[0]] = source.input[0]
+        if n.input[0] in whole:
+            direct[n.output[0]] = own = f'{n.input[0]}_whole'
+            if own not in known: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[n.input[0]]), own))
+            known.add(own)
+    for n in g.node: n.input[:] = [direct.get(t, t) for t in n.input]
+    seen = set()
+    for n in list(g.node): # the converter casts anew for each reader, under one name
+        if n.op_type=='Cast' and n.output[0] in seen: g.node.remove(n)
+        seen.update(n.output)
+    _prune(g)
+
+# %% ../../nbs/52g_deploy.halves.ipynb #e4955a5b
 def export_weight_only(
     fp32_path:str|Path, # file of `export_onnx`
     out_path:str|Path, # where the file goes, written whole or not at all
@@ -68,7 +87,7 @@ def _pack(g, tensor, axis):
     g.initializer.extend([numpy_helper.from_array(q, f'{name}_q'), numpy_helper.from_array(step, f'{name}_step')])
     g.node.insert(0, helper.make_node('DequantizeLinear', [f'{name}_q', f'{name}_step'], [name], f'{name}/unpack', axis=axis))
 
-# %% ../../nbs/52g_deploy.halves.ipynb #25a84c8b
+# %% ../../nbs/52g_deploy.halves.ipynb #39735075
 def file_parity(
     fp32_path:str|Path, # float file
     other_path:str|Path, # the smaller file
