@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.bitflips.html.md"""
 # %% auto #0
 __all__ = ['weight_bits', 'flip_bits', 'Canaries', 'make_canaries', 'bitflip_study', 'plot_bitflips']
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #c17467b3
+# %% ../../nbs/52f_deploy.bitflips.ipynb #f604738e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..keys import rng
 from ..records import sha256_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #640d5adf
+# %% ../../nbs/52f_deploy.bitflips.ipynb #f4b9f6ba
 def weight_bits(
     model:onnx.ModelProto, # of `quantize_int8`
 )->dict[str,int]: # int8 weight tensor → bits
@@ -55,7 +55,7 @@ def flip_bits(
         start += sizes[t.name]
     return out
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #3db9b2f3
+# %% ../../nbs/52f_deploy.bitflips.ipynb #f548ec27
 @dataclass(frozen=True)
 class Canaries:
     "Images whose answers are known"
@@ -76,10 +76,10 @@ class Canaries:
     )->None: # or an error
         "Refuse a model that answers otherwise than it did"
         if (far := self.distance(session))>self.tolerance:
-            raise PhoenixError(f'answers to canary images must stay as they were, they moved by {far:.3g} of their spread: '
-                               'load the model again from its verified file.')
+            raise PhoenixError(f'answers to canary images must stay as they were, they moved by {far:.3g} of their '
+                               'spread: load the model again from its verified file.')
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #cfd756bf
+# %% ../../nbs/52f_deploy.bitflips.ipynb #dd85ef83
 def _session(model:onnx.ModelProto)->onnxruntime.InferenceSession:
     "A session on a model in memory, one thread"
     options = onnxruntime.SessionOptions()
@@ -95,7 +95,7 @@ def make_canaries(
     s, x = _session(model), images.astype(np.float32)
     return Canaries(x, s.run(None, {s.get_inputs()[0].name:x})[0], tolerance)
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #47702081
+# %% ../../nbs/52f_deploy.bitflips.ipynb #0f03ccb3
 def bitflip_study(
     int8_path:str|Path, # file of `quantize_int8`
     images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1]
@@ -122,7 +122,7 @@ def bitflip_study(
                              hash_sees=seen, canary_distance=far, canaries_see=far>canaries.tolerance))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/52f_deploy.bitflips.ipynb #336f51bb
+# %% ../../nbs/52f_deploy.bitflips.ipynb #353a24e9
 def plot_bitflips(
     study:pd.DataFrame, # of `bitflip_study`
     *,

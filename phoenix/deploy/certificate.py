@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.certificate.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'slice_changes', 'attacked_agreement', 'speed_gain', 'verdict', 'certify', 'check', 'verify']
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #2f526c2e
+# %% ../../nbs/52e_deploy.certificate.ipynb #04f9b400
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..records import sha256_file
 from ..settings import PhoenixError
 from ..train.attacks import pgd
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #46183ae6
+# %% ../../nbs/52e_deploy.certificate.ipynb #f8ac9d01
 def slice_changes(
     a:np.ndarray, # `(N,K)` probabilities of the float file
     b:np.ndarray, # `(N,K)` of the 8-bit file
@@ -37,7 +37,7 @@ def slice_changes(
     found = {str(s):float(right[1][by==s].mean()-right[0][by==s].mean()) for s in np.unique(by)}
     return dict(sorted(found.items(), key=lambda o: o[1]))
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #f9987fb1
+# %% ../../nbs/52e_deploy.certificate.ipynb #2f20a9d1
 def attacked_agreement(
     model:nn.Module, # the float network
     fp32:str|Path, # its float file
@@ -53,12 +53,13 @@ def attacked_agreement(
     y, parts = torch.as_tensor(np.asarray(targets)), []
     for i in range(0, len(images), 32):
         x = torch.from_numpy(images[i:i+32].astype(np.float32))
-        parts.append(pgd(model.eval(), x, y[i:i+32], eps=eps, steps=steps, seed=seed, indices=range(i, i+len(x))).numpy())
+        at = range(i, i+len(x))
+        parts.append(pgd(model.eval(), x, y[i:i+32], eps=eps, steps=steps, seed=seed, indices=at).numpy())
     a, b = (run_logits(p, np.concatenate(parts)).argmax(1) for p in (fp32, int8))
     return {'eps':eps, 'steps':steps, 'images':len(images), 'agreement':float((a==b).mean()),
             'accuracy_fp32':float((a==y.numpy()).mean()), 'accuracy_int8':float((b==y.numpy()).mean())}
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #96da3785
+# %% ../../nbs/52e_deploy.certificate.ipynb #5d9cdff1
 def speed_gain(
     fp32:str|Path, # float file
     int8:str|Path, # 8-bit file
@@ -70,7 +71,7 @@ def speed_gain(
     ms = latencies({'fp32':fp32, 'int8':int8}, image, runs=runs, warmup=10)
     return {'fp32_ms':ms['fp32'], 'int8_ms':ms['int8'], 'times':ms['fp32']/ms['int8'], 'runs':runs}
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #18e414fb
+# %% ../../nbs/52e_deploy.certificate.ipynb #c2d263af
 def _measured(a, b, targets, groups, sources, classes):
     "Changes with intervals, and the worst slices"
     found = {}
@@ -85,7 +86,7 @@ def _measured(a, b, targets, groups, sources, classes):
         found |= {f'{kind}_changes':changes, f'worst_{kind}':worst, f'worst_{kind}_change':changes[worst]}
     return found
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #1afc9be4
+# %% ../../nbs/52e_deploy.certificate.ipynb #26d0b2a8
 def verdict(
     certificate:Mapping, # figures and limits
 )->list[str]: # what does not hold; nothing when all does
@@ -96,12 +97,13 @@ def verdict(
              (c['agreement']>=L['min_agreement'], f"{L['min_agreement']:g} or more keep their class"),
              (c['worst_class_change']>=-L['max_slice'], f"no class loses more than {L['max_slice']:g}"),
              (c.get('worst_source_change', 0)>=-L['max_slice'], f"no source loses more than {L['max_slice']:g}"),
-             ('speed' not in c or c['speed']['times']>=L['min_speed'], f"8 bits are {L['min_speed']:g} times as fast as float")]
+             ('speed' not in c or c['speed']['times']>=L['min_speed'],
+              f"8 bits are {L['min_speed']:g} times as fast as float")]
     return [f'must hold and does not: {text}' for holds,text in found if not holds]
 
 LIMITS = {'max_drop':.01, 'max_low':.02, 'min_agreement':.95, 'max_slice':.03, 'min_speed':1.15}
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #ff643834
+# %% ../../nbs/52e_deploy.certificate.ipynb #933179ba
 def certify(
     fp32:str|Path, # float file
     int8:str|Path, # 8-bit file
@@ -117,7 +119,8 @@ def certify(
     limits:Mapping[str,float]|None=None, # other limits than `LIMITS`
 )->dict: # plain data: figures, limits, hashes, verdict, use, ok, seal
     "All that 8 bits cost, with a verdict"
-    if odd := set(limits or {})-set(LIMITS): raise PhoenixError(f'limits must be of {list(LIMITS)}, got {sorted(odd)[0]!r}.')
+    if odd := sorted(set(limits or {})-set(LIMITS)):
+        raise PhoenixError(f'limits must be of {list(LIMITS)}, got {odd[0]!r}.')
     a, b = (softmax(run_logits(p, images)) for p in (fp32, int8))
     base = certify_int8(fp32, int8, images, targets, groups)
     made = {k:v for k,v in base.items() if k not in ('ok', 'rule')} | {'limits':LIMITS | dict(limits or {})}
@@ -129,7 +132,7 @@ def certify(
     made |= {'reasons':reasons, 'use':'fp32' if reasons else 'int8', 'ok':not reasons}
     return made | {'seal':seal_of(made)}
 
-# %% ../../nbs/52e_deploy.certificate.ipynb #a8eaba8c
+# %% ../../nbs/52e_deploy.certificate.ipynb #f3fb34ad
 def check(
     certificate:Mapping, # of `certify`
     fp32:str|Path|None=None, # the float file, to compare its hash
@@ -137,7 +140,8 @@ def check(
 )->None: # or an error
     "Refuse a certificate that was edited, belongs to other files, or whose verdict its numbers do not carry"
     c = certificate
-    if c.get('seal')!=seal_of(c): raise PhoenixError('a certificate must be as it was sealed, this one was edited: certify again.')
+    if c.get('seal')!=seal_of(c):
+        raise PhoenixError('a certificate must be as it was sealed, this one was edited: certify again.')
     if bool(c['ok'])!=(not c['reasons']) or [r for r in verdict(c) if r not in c['reasons']]:
         raise PhoenixError('a verdict must follow from the figures, this one does not: certify again.')
     for name,file in (('fp32', fp32), ('int8', int8)):
@@ -160,4 +164,5 @@ def verify(
     again = certify(fp32, int8, images, targets, groups, sources=sources, classes=classes, limits=certificate['limits'])
     for k in (k for k in again if k not in ('seal', 'ok', 'use', 'reasons')):
         if again[k]!=certificate.get(k) and not (isinstance(again[k], float) and abs(again[k]-certificate[k])<1e-6):
-            raise PhoenixError(f'{k} must be what the pictures give, {again[k]}, the certificate says {certificate.get(k)}.')
+            raise PhoenixError(f'{k} must be what the pictures give, {again[k]}, '
+                               f'the certificate says {certificate.get(k)}: certify again.')

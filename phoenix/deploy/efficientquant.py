@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.efficientquant.html.md"""
 __all__ = ['choose', 'propose', 'efficientquant', 'fastest_within', 'plot_front', 'uniform_codes', 'log2_codes',
            'log_uniform_codes', 'attention_study']
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #be5b8784
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #7c63d99d
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .sensitivity import block_sensitivity, blocks_of, harm, latencies
 from ..evaluate.tests import pareto
 from ..settings import PhoenixError
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #fb4c3de3
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #5c8c2328
 def choose(
     cost:np.ndarray, # `(B,C)` of each choice of each block, such as milliseconds
     harm_:np.ndarray, # `(B,C)` harm of each choice, at least 0
@@ -32,7 +32,7 @@ def choose(
     "The cheapest assignment within a budget, exactly"
     cost, h = np.asarray(cost, float), np.asarray(harm_, float)
     if cost.shape!=h.shape or cost.ndim!=2 or not (np.isfinite(cost).all() and np.isfinite(h).all() and (h>=0).all()):
-        raise PhoenixError(f"cost and harm must be finite, of one shape and harm not negative, got {cost.shape}, {h.shape}.")
+        raise PhoenixError(f"cost and harm must be finite, alike and harm not negative, got {cost.shape}, {h.shape}.")
     if h.min(1).sum()>budget:
         raise PhoenixError(f"the budget must allow the mildest choices, {h.min(1).sum():g}, got {budget:g}: raise it.")
     b, c = cost.shape
@@ -43,7 +43,7 @@ def choose(
     found = milp(cost.ravel(), constraints=[one, within], integrality=np.ones(b*c), bounds=Bounds(0, most))
     return found.x.reshape(b, c).argmax(1)
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #735b32e1
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #3e8998c7
 def propose(
     saved_ms:np.ndarray, # `(B,)` what each block saves in 8 bits
     noise:np.ndarray, # `(B,)` noise power of the logits when the block is in 8 bits
@@ -57,7 +57,7 @@ def propose(
     found = {tuple(choose(cost, h, float(s)).astype(bool)):None for s in steps}
     return [np.zeros(len(noise), bool), *(np.array(k) for k in found if any(k))]
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #52ad57b6
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #3e25142d
 def _files(fp32_path, int8_path, folder, blocks, proposals):
     "Mixed files of the proposals, each also with late rounding, and all blocks in 8 bits"
     folder = Path(folder)
@@ -73,7 +73,7 @@ def _files(fp32_path, int8_path, folder, blocks, proposals):
         if round_late(files[name], late): files[f'{name}, late'], eight[f'{name}, late'] = late, eight[name]
     return files, eight
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #46ff434f
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #242ec173
 def efficientquant(
     fp32_path:str|Path, # float file
     int8_path:str|Path, # file that `quantize_int8` made of it: all blocks in 8 bits
@@ -99,7 +99,7 @@ def efficientquant(
     table['front'] = pareto(np.stack([-table.ms, table.accuracy, np.minimum(table.snr_db, 200)], 1))
     return table
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #442f8f0d
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #87b5ec93
 def fastest_within(
     front:pd.DataFrame, # of `efficientquant`
     max_drop:float=.005, # accuracy that may be lost on the split
@@ -114,7 +114,7 @@ def fastest_within(
     if ratio<least: return 'float', f'{best} is {ratio:.2f} times as fast as float, less than {least:g}: float is kept'
     return best, f'{ratio:.2f} times as fast as float, accuracy changes by {fit.accuracy[best]-whole.accuracy:+.4f}'
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #11807ed0
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #321f2bd9
 def plot_front(
     fronts:dict[str,pd.DataFrame], # network → table of `efficientquant`
     *,
@@ -133,7 +133,7 @@ def plot_front(
     ax.legend(fontsize=7)
     return ax
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #ee249f0c
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #9cd35a5e
 def uniform_codes(
     x:np.ndarray, # any shape
 )->np.ndarray: # the same after the round trip
@@ -151,7 +151,7 @@ def log2_codes(
     power = np.round(-np.log2(np.maximum(x, 2.**-300)))
     return np.where(power>254, 0., 2.**-np.clip(power, 0, 254))
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #83593cc1
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #0d718f09
 def log_uniform_codes(
     x:np.ndarray, # any sign; the sign is kept beside the code
 )->np.ndarray: # the same after the round trip
@@ -163,7 +163,7 @@ def log_uniform_codes(
     code = np.round((np.log2(np.maximum(size, 2.**-300))-low)/step)
     return np.where(code<0, 0., np.sign(x)*2.**(low+step*np.clip(code, 0, 254)))
 
-# %% ../../nbs/52c_deploy.efficientquant.ipynb #a071e81e
+# %% ../../nbs/52c_deploy.efficientquant.ipynb #cd6146af
 def attention_study(
     tokens:int=49, # keys of each query
     spreads:Sequence[float]=(1., 2., 4.), # standard deviation of the attention's logits

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.halves.html.md"""
 # %% auto #0
 __all__ = ['export_fp16', 'export_weight_only', 'file_parity']
 
-# %% ../../nbs/52g_deploy.halves.ipynb #554df493
+# %% ../../nbs/52g_deploy.halves.ipynb #878b585f
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .quantize import EIGHT_BIT, _prune, run_logits
 from ..records import write_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/52g_deploy.halves.ipynb #d9f8f020
+# %% ../../nbs/52g_deploy.halves.ipynb #dda47d22
 def export_fp16(
     fp32_path:str|Path, # file of `export_onnx`
     out_path:str|Path, # where the file goes, written whole or not at all
@@ -47,7 +47,8 @@ def _bridge(g, whole):
             direct[n.output[0]] = source.input[0]
         if n.input[0] in whole:
             direct[n.output[0]] = own = f'{n.input[0]}_whole'
-            if own not in known: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[n.input[0]]), own))
+            value = numpy_helper.to_array(whole[n.input[0]])
+            if own not in known: g.initializer.append(numpy_helper.from_array(value, own))
             known.add(own)
     for n in g.node: n.input[:] = [direct.get(t, t) for t in n.input]
     seen = set()
@@ -56,7 +57,7 @@ def _bridge(g, whole):
         seen.update(n.output)
     _prune(g)
 
-# %% ../../nbs/52g_deploy.halves.ipynb #e4955a5b
+# %% ../../nbs/52g_deploy.halves.ipynb #9534929f
 def export_weight_only(
     fp32_path:str|Path, # file of `export_onnx`
     out_path:str|Path, # where the file goes, written whole or not at all
@@ -72,7 +73,7 @@ def export_weight_only(
     used = {t for n in g.node if n.name in sampling for t in n.input}
     last = {n.input[1] for n in g.node if n.op_type=='MatMul' or (n.op_type=='Gemm' and not any(
         a.name=='transB' and a.i for a in n.attribute))}
-    for name in sorted(done-used): _pack(g, data[name], data[name].dims and (len(data[name].dims)-1 if name in last else 0))
+    for name in sorted(done-used): _pack(g, data[name], len(data[name].dims)-1 if name in last else 0)
     onnx.checker.check_model(model)
     write_bytes(out_path, model.SerializeToString(deterministic=True))
     return Path(out_path)
@@ -85,9 +86,10 @@ def _pack(g, tensor, axis):
     q = np.round(w/step.reshape([-1 if i==axis else 1 for i in range(w.ndim)])).astype(np.int8)
     g.initializer.remove(tensor)
     g.initializer.extend([numpy_helper.from_array(q, f'{name}_q'), numpy_helper.from_array(step, f'{name}_step')])
-    g.node.insert(0, helper.make_node('DequantizeLinear', [f'{name}_q', f'{name}_step'], [name], f'{name}/unpack', axis=axis))
+    g.node.insert(0, helper.make_node('DequantizeLinear', [f'{name}_q', f'{name}_step'], [name], f'{name}/unpack',
+                                      axis=axis))
 
-# %% ../../nbs/52g_deploy.halves.ipynb #39735075
+# %% ../../nbs/52g_deploy.halves.ipynb #331215ab
 def file_parity(
     fp32_path:str|Path, # float file
     other_path:str|Path, # the smaller file

@@ -108,7 +108,7 @@ def _coarse_weights(path:str|Path, nodes:list[NodeProto], bits:int)->dict:
         found[n.input[1]] = [dict(axis=axis, scale=s, zero_point=np.int8(0)) for s in step]
     return found
 
-# %% ../../nbs/52_deploy.quantize.ipynb #1d829ac5
+# %% ../../nbs/52_deploy.quantize.ipynb #2dde4f8d
 def stream_tensors(
     path:str|Path, # an ONNX file with one input
     tensors:Sequence[str], # names of tensors inside of it
@@ -129,7 +129,7 @@ def stream_tensors(
         x = images[i:i+chunk].astype(np.float32)
         yield {name:x} | dict(zip(fetch, session.run(fetch, {name:x})))
 
-# %% ../../nbs/52_deploy.quantize.ipynb #9f8f0420
+# %% ../../nbs/52_deploy.quantize.ipynb #e6f7ad74
 def _ends(path, tensors, images, chunk):
     "Smallest and largest value of each tensor"
     found = {}
@@ -154,7 +154,7 @@ def count_values(
             if high>low: found[t] += np.histogram(values[t], bins, (low, high))[0]
     return found
 
-# %% ../../nbs/52_deploy.quantize.ipynb #66109bd3
+# %% ../../nbs/52_deploy.quantize.ipynb #be2269c9
 def percentile_range(
     counts:np.ndarray, # `(bins,)`
     low:float, # left end of the first bin
@@ -169,7 +169,7 @@ def percentile_range(
 
 def _shrunk(low, high, shares): return [(a*low, a*high) for a in shares]
 
-# %% ../../nbs/52_deploy.quantize.ipynb #5f8ef4a3
+# %% ../../nbs/52_deploy.quantize.ipynb #c29db04a
 def squared_error(
     counts:np.ndarray, # `(bins,)`
     centres:np.ndarray, # `(bins,)` values that the bins stand for
@@ -184,7 +184,7 @@ def squared_error(
 
 SHARES = np.linspace(.3, 1, 71) # of the whole range, tried by entropy and mse
 
-# %% ../../nbs/52_deploy.quantize.ipynb #225e3332
+# %% ../../nbs/52_deploy.quantize.ipynb #5211515f
 def lost_information(
     counts:np.ndarray, # `(bins,)`
     centres:np.ndarray, # `(bins,)` values that the bins stand for
@@ -203,7 +203,7 @@ def lost_information(
     p, q = p/p.sum(), q/q.sum()
     return float((p[p>0]*np.log(p[p>0]/q[p>0])).sum())
 
-# %% ../../nbs/52_deploy.quantize.ipynb #58184198
+# %% ../../nbs/52_deploy.quantize.ipynb #7ed87de7
 def _by_rule(counts, low, high, method, percent):
     "Range of one tensor from its counts"
     if high<=low: return low, high
@@ -214,7 +214,7 @@ def _by_rule(counts, low, high, method, percent):
 
 METHODS = ('minmax', 'percentile', 'entropy', 'mse')
 
-# %% ../../nbs/52_deploy.quantize.ipynb #6414bae3
+# %% ../../nbs/52_deploy.quantize.ipynb #fdc60032
 def find_ranges(
     path:str|Path, # file of `export_onnx`
     images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1]: 100 to 1,000 training images, never test ones
@@ -333,7 +333,7 @@ def run_logits(
     parts = (images[i:i+batch].astype(np.float32) for i in range(0, len(images), batch))
     return np.concatenate([session.run(None, {name:x})[0] for x in parts])
 
-# %% ../../nbs/52_deploy.quantize.ipynb #dd8d989f
+# %% ../../nbs/52_deploy.quantize.ipynb #66fafb90
 def _around(g):
     "Rounded tensor → its two nodes, and node by what it makes"
     made, pairs = {o:n for n in g.node for o in n.output}, {}
@@ -360,7 +360,7 @@ def _prune(g):
         for n in found: g.node.remove(n)
     for t in [t for t in g.initializer if t.name not in read]: g.initializer.remove(t)
 
-# %% ../../nbs/52_deploy.quantize.ipynb #08e6047a
+# %% ../../nbs/52_deploy.quantize.ipynb #3885c7e3
 def partly_float(
     fp32_path:str|Path, # float file
     int8_path:str|Path, # file that `quantize_int8` made of it
@@ -397,7 +397,7 @@ def _rename_ends(g, raw, still):
             n.output[:] = [f'{o.name}_rounded' if t==o.name else o.name if t==raw[o.name] else t for t in n.output]
             n.input[:] = [o.name if t==raw[o.name] else t for t in n.input]
 
-# %% ../../nbs/52_deploy.quantize.ipynb #4e4bae4b
+# %% ../../nbs/52_deploy.quantize.ipynb #eeda0a29
 def round_late(
     int8_path:str|Path, # file of `quantize_int8` or `partly_float`
     out_path:str|Path, # where the file goes, written whole or not at all

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.repair.html.md"""
 __all__ = ['REPAIRS', 'equal_pairs', 'equalise', 'correct_biases', 'second_moments', 'layer_error', 'adaround_layer', 'adaround',
            'repair']
 
-# %% ../../nbs/52d_deploy.repair.ipynb #66ff793a
+# %% ../../nbs/52d_deploy.repair.ipynb #1a45bd3e
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..keys import preserve_rng
 from ..records import write_bytes
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/52d_deploy.repair.ipynb #77d5b8b5
+# %% ../../nbs/52d_deploy.repair.ipynb #7ff1e846
 def _weights(model:ModelProto)->dict[str,np.ndarray]:
     "Constants of a graph by name"
     return {t.name:numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -43,7 +43,7 @@ def _save(model:ModelProto, path:str|Path)->Path:
     write_bytes(path, model.SerializeToString(deterministic=True))
     return Path(path)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #81b0212e
+# %% ../../nbs/52d_deploy.repair.ipynb #23b3a0e9
 def _flag(n:NodeProto, name:str, default:int)->int:
     "An attribute that is one number"
     return next((a.i for a in n.attribute if a.name==name), default)
@@ -52,7 +52,7 @@ def _rows(n:NodeProto, w:np.ndarray)->np.ndarray:
     "Weight with output channels first `(o,…)`, a view"
     return w if n.op_type=='Conv' or (n.op_type=='Gemm' and _flag(n, 'transB', 0)) else w.T
 
-# %% ../../nbs/52d_deploy.repair.ipynb #32b7e9d2
+# %% ../../nbs/52d_deploy.repair.ipynb #5cca78e5
 def equal_pairs(
     model:ModelProto, # float graph
 )->list[tuple[NodeProto,NodeProto]]: # layers with nothing, or one ReLU, between them
@@ -74,7 +74,7 @@ def _channels_fit(a, b, data):
     o, w, groups = len(_rows(a, data[a.input[1]])), _rows(b, data[b.input[1]]), _flag(b, 'group', 1)
     return (groups==1 and w.shape[1]==o) or (groups==o and len(w)==o and w.shape[1]==1)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #e73a7b6c
+# %% ../../nbs/52d_deploy.repair.ipynb #204fc411
 def _into(b, w):
     "Weight `(o,i,…)` of the second layer with its input channels first"
     rows = _rows(b, w)
@@ -99,18 +99,18 @@ def equalise(
             first /= s.reshape(-1, *[1]*(first.ndim-1))
             second *= s.reshape(-1, *[1]*(second.ndim-1))
             if len(a.input)>2: data[a.input[2]] = data[a.input[2]]/s
-    for name in {n.input[i] for pair in pairs for n in pair for i in range(1, len(n.input))}: _put(model, name, data[name])
+    for name in {t for pair in pairs for n in pair for t in n.input[1:]}: _put(model, name, data[name])
     _save(model, out_path)
     return len(pairs)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #4d957c4b
+# %% ../../nbs/52d_deploy.repair.ipynb #912876bc
 def _rounded(rows:np.ndarray)->tuple[np.ndarray,np.ndarray]: # integers, steps `(o,1…)`
     "Weights of `quantize_int8` as integers and steps, output channels first"
     step = np.abs(rows.reshape(len(rows), -1)).max(1)/np.float32(127)
     step = np.where(step<np.finfo(np.float32).tiny, np.float32(1), step).reshape(-1, *[1]*(rows.ndim-1))
     return np.clip(np.round(rows/step), -127, 127), step
 
-# %% ../../nbs/52d_deploy.repair.ipynb #ac016f80
+# %% ../../nbs/52d_deploy.repair.ipynb #d604e6a5
 def _patches(x:np.ndarray, n:NodeProto, kernel:tuple[int,...])->np.ndarray: # `(P,i·kh·kw)` float64
     "Input patches of a convolution, or rows of a product"
     if n.op_type!='Conv': return x.reshape(-1, x.shape[-1]).astype(np.float64)
@@ -130,7 +130,7 @@ def _means(path, nodes, data, images):
             sums[n.name], counts[n.name] = sums.get(n.name, 0)+p.sum(0), counts.get(n.name, 0)+len(p)
     return {k:v/counts[k] for k,v in sums.items()}
 
-# %% ../../nbs/52d_deploy.repair.ipynb #05b00b40
+# %% ../../nbs/52d_deploy.repair.ipynb #898589e0
 def correct_biases(
     fp32_path:str|Path, # float file
     images:np.ndarray, # `(N,C,h,w)` calibration images
@@ -153,7 +153,7 @@ def correct_biases(
     _save(model, out_path)
     return len(nodes)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #26e79642
+# %% ../../nbs/52d_deploy.repair.ipynb #4c726591
 def second_moments(
     fp32_path:str|Path, # float file
     nodes:Sequence[NodeProto], # dense convolutions and products of it
@@ -168,7 +168,7 @@ def second_moments(
             count[n.name] = count.get(n.name, 0)+len(p)
     return {k:v/count[k] for k,v in found.items()}
 
-# %% ../../nbs/52d_deploy.repair.ipynb #39e2375e
+# %% ../../nbs/52d_deploy.repair.ipynb #d8f59ee1
 def layer_error(
     change:np.ndarray, # `(o,k)` of the weights
     g:np.ndarray, # `(k,k)` second moments of the input
@@ -198,7 +198,7 @@ def adaround_layer(
     made = np.clip(np.floor(rows/step)+up, -127, 127)
     return np.where(np.abs(nearest)==127, nearest, made)*step # the largest weight keeps the channel's step
 
-# %% ../../nbs/52d_deploy.repair.ipynb #7bffec6e
+# %% ../../nbs/52d_deploy.repair.ipynb #05195eb3
 def adaround(
     fp32_path:str|Path, # float file
     images:np.ndarray, # `(N,C,h,w)` calibration images
@@ -212,18 +212,20 @@ def adaround(
     data, cut = _weights(model), max(1, 2*len(images)//3)
     nodes = [n for n in eight_bit_nodes(fp32_path) if _flag(n, 'group', 1)==1
              and np.prod(_rows(n, data[n.input[1]]).shape[1:])<=widest]
-    fit, held = (second_moments(fp32_path, nodes, x) for x in (images[:cut], images[cut:] if cut<len(images) else images))
+    parts = images[:cut], images[cut:] if cut<len(images) else images
+    fit, held = (second_moments(fp32_path, nodes, x) for x in parts)
     for n in nodes:
         flat = (w := _rows(n, data[n.input[1]])).reshape(len(w), -1)
         q, step = _rounded(flat)
         made = adaround_layer(flat, fit[n.name], steps)
         near, new = (layer_error((a-flat).astype(np.float64), held[n.name]) for a in (q*step, made))
         rows[n.name] = {'nearest':near, 'learned':new, 'kept':new<near}
-        if new<near: _put(model, n.input[1], made.reshape(w.shape) if w is data[n.input[1]] else made.reshape(w.shape).T)
+        made = made.reshape(w.shape)
+        if new<near: _put(model, n.input[1], made if w is data[n.input[1]] else made.T)
     _save(model, out_path)
     return pd.DataFrame(rows).T.rename_axis('node')
 
-# %% ../../nbs/52d_deploy.repair.ipynb #a93174da
+# %% ../../nbs/52d_deploy.repair.ipynb #29e8f6ff
 REPAIRS = {'equalise':lambda path, images, out: equalise(path, out),
            'adaround':lambda path, images, out: adaround(path, images, out),
            'correct_biases':lambda path, images, out: correct_biases(path, images, out)}

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.sensitivity.html.md"""
 # %% auto #0
 __all__ = ['block_of', 'blocks_of', 'snr_db', 'harm', 'latencies', 'block_sensitivity', 'plot_sensitivity', 'Skips', 'find_skips']
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #9e81e73f
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #8368e37d
 import re
 import tempfile
 import time
@@ -25,7 +25,7 @@ from .export import make_session
 from .quantize import partly_float, quantised_nodes, run_logits
 from ..settings import PhoenixError
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #f10529a3
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #2ec42177
 def block_of(
     node:str, # name of a node, as `export_onnx` gives it
 )->str: # name of its block
@@ -43,7 +43,7 @@ def blocks_of(
     if not found: raise PhoenixError("the file must have 8-bit nodes, it has none: quantise it first.")
     return found
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #db2db4b5
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #e16035f5
 def snr_db(
     reference:np.ndarray, # `(N,K)` logits of the float file
     changed:np.ndarray, # `(N,K)` logits to be judged
@@ -65,7 +65,7 @@ def harm(
     return {'snr_db':snr_db(reference, changed), 'loss':float(loss[1]-loss[0]), 'accuracy':float(right[1]-right[0]),
             'agreement':float((reference.argmax(1)==changed.argmax(1)).mean())}
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #40db37de
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #2c5d5876
 def latencies(
     files:Mapping[str,str|Path], # name → ONNX file
     image:np.ndarray, # `(1,C,h,w)` float32
@@ -84,7 +84,7 @@ def latencies(
             if r>=warmup: times[k].append((time.thread_time_ns()-start)/1e6)
     return pd.Series({k:float(np.median(t)) for k,t in times.items()}, name='ms')
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #c8590654
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #4a71fa74
 def block_sensitivity(
     fp32_path:str|Path, # float file
     int8_path:str|Path, # file that `quantize_int8` made of it
@@ -106,7 +106,7 @@ def block_sensitivity(
     if runs: table['saved_ms'] = time['']-time[table.index]
     return table.sort_values('snr_db')
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #622224ad
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #7594ea77
 def plot_sensitivity(
     table:pd.DataFrame, # of `block_sensitivity`
     *,
@@ -119,7 +119,7 @@ def plot_sensitivity(
     ax.set(xlabel='signal to noise of the logits, dB (more is better)', title=f'{table.index[0]} bears rounding least')
     return ax
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #655dd094
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #b45e2096
 @dataclass(frozen=True)
 class Skips:
     "Blocks that stay in float, and what was measured on the way"
@@ -128,7 +128,7 @@ class Skips:
     steps:pd.DataFrame # one row for each step: block, snr_db, loss, accuracy, agreement
     enough:bool # whether both limits hold in the end
 
-# %% ../../nbs/52b_deploy.sensitivity.ipynb #98a225d7
+# %% ../../nbs/52b_deploy.sensitivity.ipynb #70c8804b
 def find_skips(
     fp32_path:str|Path, # float file
     int8_path:str|Path, # file that `quantize_int8` made of it
