@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.repair.html.md"""
 __all__ = ['REPAIRS', 'equal_pairs', 'equalise', 'correct_biases', 'second_moments', 'layer_error', 'adaround_layer', 'adaround',
            'repair']
 
-# %% ../../nbs/52d_deploy.repair.ipynb #1c2463fe
+# %% ../../nbs/52d_deploy.repair.ipynb #fef2f228
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +19,13 @@ import pandas as pd
 import torch
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from .quantize import eight_bit_nodes, quantize_int8, run_logits, stream_tensors
+from .quantize import _prune, eight_bit_nodes, quantize_int8, run_logits, stream_tensors
 from .sensitivity import snr_db
 from ..keys import preserve_rng
 from ..records import write_bytes
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/52d_deploy.repair.ipynb #7136f7b2
+# %% ../../nbs/52d_deploy.repair.ipynb #5afca6ad
 def _weights(model:ModelProto)->dict[str,np.ndarray]:
     "Constants of a graph by name"
     return {t.name:numpy_helper.to_array(t) for t in model.graph.initializer}
@@ -39,11 +39,12 @@ def _put(model:ModelProto, name:str, value:np.ndarray)->None:
 
 def _save(model:ModelProto, path:str|Path)->Path:
     "Write a checked file, whole or not at all"
+    _prune(model.graph)
     onnx.checker.check_model(model)
     write_bytes(path, model.SerializeToString(deterministic=True))
     return Path(path)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #9259172e
+# %% ../../nbs/52d_deploy.repair.ipynb #6148bc6c
 def _flag(n:NodeProto, name:str, default:int)->int:
     "An attribute that is one number"
     return next((a.i for a in n.attribute if a.name==name), default)
@@ -52,7 +53,7 @@ def _rows(n:NodeProto, w:np.ndarray)->np.ndarray:
     "Weight with output channels first `(o,…)`, a view"
     return w if n.op_type=='Conv' or (n.op_type=='Gemm' and _flag(n, 'transB', 0)) else w.T
 
-# %% ../../nbs/52d_deploy.repair.ipynb #75e53312
+# %% ../../nbs/52d_deploy.repair.ipynb #c63f7f92
 def equal_pairs(
     model:ModelProto, # float graph
 )->list[tuple[NodeProto,NodeProto]]: # layers with nothing, or one ReLU, between them
@@ -74,7 +75,7 @@ def _channels_fit(a, b, data):
     o, w, groups = len(_rows(a, data[a.input[1]])), _rows(b, data[b.input[1]]), _flag(b, 'group', 1)
     return (groups==1 and w.shape[1]==o) or (groups==o and len(w)==o and w.shape[1]==1)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #5951c7b9
+# %% ../../nbs/52d_deploy.repair.ipynb #18a62bb7
 def _into(b, w):
     "Weight `(o,i,…)` of the second layer with its input channels first"
     rows = _rows(b, w)
@@ -103,14 +104,14 @@ def equalise(
     _save(model, out_path)
     return len(pairs)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #039be422
+# %% ../../nbs/52d_deploy.repair.ipynb #c01482f7
 def _rounded(rows:np.ndarray)->tuple[np.ndarray,np.ndarray]: # integers, steps `(o,1…)`
     "Weights of `quantize_int8` as integers and steps, output channels first"
     step = np.abs(rows.reshape(len(rows), -1)).max(1)/np.float32(127)
     step = np.where(step<np.finfo(np.float32).tiny, np.float32(1), step).reshape(-1, *[1]*(rows.ndim-1))
     return np.clip(np.round(rows/step), -127, 127), step
 
-# %% ../../nbs/52d_deploy.repair.ipynb #0d860896
+# %% ../../nbs/52d_deploy.repair.ipynb #dbe97adb
 def _patches(x:np.ndarray, n:NodeProto, kernel:tuple[int,...])->np.ndarray: # `(P,i·kh·kw)` float64
     "Input patches of a convolution, or rows of a product"
     if n.op_type!='Conv': return x.reshape(-1, x.shape[-1]).astype(np.float64)
@@ -130,7 +131,7 @@ def _means(path, nodes, data, images):
             sums[n.name], counts[n.name] = sums.get(n.name, 0)+p.sum(0), counts.get(n.name, 0)+len(p)
     return {k:v/counts[k] for k,v in sums.items()}
 
-# %% ../../nbs/52d_deploy.repair.ipynb #5f05f4a6
+# %% ../../nbs/52d_deploy.repair.ipynb #fe47cdde
 def correct_biases(
     fp32_path:str|Path, # float file
     images:np.ndarray, # `(N,C,h,w)` calibration images
@@ -153,7 +154,7 @@ def correct_biases(
     _save(model, out_path)
     return len(nodes)
 
-# %% ../../nbs/52d_deploy.repair.ipynb #0cf7ec11
+# %% ../../nbs/52d_deploy.repair.ipynb #f86849e7
 def second_moments(
     fp32_path:str|Path, # float file
     nodes:Sequence[NodeProto], # dense convolutions and products of it
@@ -168,7 +169,7 @@ def second_moments(
             count[n.name] = count.get(n.name, 0)+len(p)
     return {k:v/count[k] for k,v in found.items()}
 
-# %% ../../nbs/52d_deploy.repair.ipynb #3a841079
+# %% ../../nbs/52d_deploy.repair.ipynb #9670b45b
 def layer_error(
     change:np.ndarray, # `(o,k)` of the weights
     g:np.ndarray, # `(k,k)` second moments of the input
@@ -198,7 +199,7 @@ def adaround_layer(
     made = np.clip(np.floor(rows/step)+up, -127, 127)
     return np.where(np.abs(nearest)==127, nearest, made)*step # the largest weight keeps the channel's step
 
-# %% ../../nbs/52d_deploy.repair.ipynb #8707e977
+# %% ../../nbs/52d_deploy.repair.ipynb #1a45ea34
 def adaround(
     fp32_path:str|Path, # float file
     images:np.ndarray, # `(N,C,h,w)` calibration images
@@ -225,7 +226,7 @@ def adaround(
     _save(model, out_path)
     return pd.DataFrame(rows).T.rename_axis('node')
 
-# %% ../../nbs/52d_deploy.repair.ipynb #9bf2825d
+# %% ../../nbs/52d_deploy.repair.ipynb #d47e428a
 REPAIRS = {'equalise':lambda path, images, out: equalise(path, out),
            'adaround':lambda path, images, out: adaround(path, images, out),
            'correct_biases':lambda path, images, out: correct_biases(path, images, out)}
