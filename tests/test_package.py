@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from phoenix.data.preprocess import Preprocess
-from phoenix.deploy.package import FILES, PackageError, add_runtime, load_package, save_package, verify_package
+from phoenix.deploy.package import FILES, PackageError, add_runtime, load_package, save_package, seal_of, verify_package
 from phoenix.records import read_json, sha256_file, write_json
 
 STATED = dict(model_name="mean", model_args={"c_in": 1}, classes=["bright", "dark"], preprocess=Preprocess(size=(32, 32)),
@@ -136,6 +136,10 @@ def test_a_swapped_network_is_recognised_even_with_true_hashes(model, tmp_path):
     with pytest.raises(PackageError, match="must be the network that was certified"): load_package(model).session("int8")
     parity = read_json(model/"parity.json")
     parity["int8"]["sha256"] = sha256_file(model/"model.int8.onnx")
+    write_json(model/"parity.json", parity)
+    rehash(model)
+    with pytest.raises(PackageError, match="as it was sealed"): load_package(model).session("int8")
+    parity["int8"]["seal"] = seal_of(parity["int8"])  # whoever knows how seals are made
     write_json(model/"parity.json", parity)
     rehash(model)
     with pytest.raises(PackageError, match="made from these weights"): load_package(model).session("int8")
