@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.overlays.html.md"""
 # %% auto #0
 __all__ = ['show_sides', 'side_words', 'explain_picture', 'Overlay', 'answer_words', 'draw_overlay']
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #290a1040
+# %% ../../nbs/54a_deploy.overlays.ipynb #ddc6e70b
 import io
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -26,7 +26,7 @@ from ..evaluate.explain import MAPS
 from ..models.cam import plot_map, resize_cam
 from ..plots import mark_sides
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #f9f794fb
+# %% ../../nbs/54a_deploy.overlays.ipynb #2e70f371
 def show_sides(
     ax:Axes, # with one image
     plane:str|None, # 'axial', 'coronal' or 'sagittal' in radiological view; None where the file doesn't say
@@ -46,7 +46,7 @@ def side_words(
     if plane == "sagittal": return "sagittal slice, the front is at the left of the picture"
     return f"{plane} slice, the patient's right is at the left of the picture"
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #44ba2c5d
+# %% ../../nbs/54a_deploy.overlays.ipynb #4609fea6
 def explain_picture(
     package:Package, # whose network is explained
     image:np.ndarray, # `(H,W)` uint8 or uint16, or a tuple of neighbouring slices
@@ -65,7 +65,7 @@ def explain_picture(
     middle = image[len(image)//2] if isinstance(image, (tuple, list)) else image
     return resize_cam(heat.detach(), middle.shape)[0].numpy()
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #fe42e169
+# %% ../../nbs/54a_deploy.overlays.ipynb #22a8387b
 @dataclass(frozen=True, eq=False)
 class Overlay:
     "A picture with a finding, as pixels and in words"
@@ -76,7 +76,7 @@ class Overlay:
     def png(self)->bytes:
         "The pixels as a PNG file"
         out = io.BytesIO()
-        Image.fromarray(self.rgb).quantize(192).save(out, "PNG", optimize=True)
+        Image.fromarray(self.rgb).quantize(256, method=Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
         return out.getvalue()
 
 
@@ -97,7 +97,7 @@ def answer_words(
     if finding.state == "abstained": return f"model abstains: {best} {sure} is too little"
     return {"stranger": "no class: unlike the pictures it knows", "unreadable": "no class: unreadable"}[finding.state]
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #4bef6f25
+# %% ../../nbs/54a_deploy.overlays.ipynb #b7891307
 def draw_overlay(
     grey:np.ndarray, # `(H,W)` grey of any range
     finding:Finding, # of that picture
@@ -106,18 +106,19 @@ def draw_overlay(
     heat:np.ndarray|None=None, # `(H,W)` map of the class that is explained
     stamp:str="UNTESTED", # what the map failed; '' when it passed
     aspect:float=1., # height of a pixel / its width
-)->Overlay: # at most some 400 pixels wide
-    "Draw a picture with its sides, its map under its stamp, and what the model says"
-    h, w = grey.shape[0]*aspect, grey.shape[1]
-    fig = Figure(figsize=(3.6, min(max(3.6*h/w, 1.8), 5.4) + .75), dpi=110, facecolor="black")
-    ax = fig.add_axes([.01, .6/fig.get_figheight(), .98, 1 - .62/fig.get_figheight()])
-    shown = torch.from_numpy(np.ascontiguousarray(grey, np.float32))
-    mark = "" if heat is None else stamp
-    plot_map(shown, torch.zeros(shown.shape) if heat is None else torch.from_numpy(heat), stamp=mark, ax=ax)
-    ax.set_aspect(aspect)
-    show_sides(ax, plane)
-    lines = [answer_words(finding), *wrap(NOTICE, 74)]
-    for k, text in enumerate(lines):
-        fig.text(.02, (.5 - .17*k)/fig.get_figheight(), text, color="white", fontsize=8.5 if k == 0 else 6, va="top")
+)->Overlay: # 352 pixels wide, twice that with a map: the picture stays visible beside it
+    "Draw a picture with its sides, beside it its map under its stamp, below what the model says"
+    cells, high = 1 if heat is None else 2, 3.2*grey.shape[0]*aspect/grey.shape[1]
+    fig = Figure(figsize=(3.2*cells, min(max(high, 1.8), 4.8) + .7), dpi=110, facecolor="black")
+    shown, up = torch.from_numpy(np.ascontiguousarray(grey, np.float32)), .62/fig.get_figheight()
+    for k in range(cells):
+        ax = fig.add_axes([(k + .01)/cells, up, .98/cells, .99 - up])
+        map_ = torch.from_numpy(heat) if k else torch.zeros(shown.shape)
+        plot_map(shown, map_, stamp=stamp if k else "", ax=ax)
+        ax.set_aspect(aspect)
+        show_sides(ax, plane)
+    for k, text in enumerate([answer_words(finding), *wrap(NOTICE, 66*cells)]):
+        fig.text(.02, (.5 - .16*k)/fig.get_figheight(), text, color="white", fontsize=8 if k == 0 else 6, va="top")
     said = "no map" if heat is None else f"map {stamp.replace(chr(10), ' ') or 'passed its tests'}"
+    if heat is not None and not heat.max() > 0: said += ", and empty: no place speaks for the class"
     return Overlay(_pixels(fig), check_wording(f"{side_words(plane)}; {answer_words(finding)}; {said}"))
