@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.overlays.html.md"""
 # %% auto #0
 __all__ = ['show_sides', 'side_words', 'explain_picture', 'Overlay', 'answer_words', 'draw_overlay']
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #ddc6e70b
+# %% ../../nbs/54a_deploy.overlays.ipynb #f594f43d
 import io
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -26,7 +26,7 @@ from ..evaluate.explain import MAPS
 from ..models.cam import plot_map, resize_cam
 from ..plots import mark_sides
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #2e70f371
+# %% ../../nbs/54a_deploy.overlays.ipynb #271a5c9e
 def show_sides(
     ax:Axes, # with one image
     plane:str|None, # 'axial', 'coronal' or 'sagittal' in radiological view; None where the file doesn't say
@@ -46,7 +46,7 @@ def side_words(
     if plane == "sagittal": return "sagittal slice, the front is at the left of the picture"
     return f"{plane} slice, the patient's right is at the left of the picture"
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #4609fea6
+# %% ../../nbs/54a_deploy.overlays.ipynb #ac6420d9
 def explain_picture(
     package:Package, # whose network is explained
     image:np.ndarray, # `(H,W)` uint8 or uint16, or a tuple of neighbouring slices
@@ -65,7 +65,7 @@ def explain_picture(
     middle = image[len(image)//2] if isinstance(image, (tuple, list)) else image
     return resize_cam(heat.detach(), middle.shape)[0].numpy()
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #22a8387b
+# %% ../../nbs/54a_deploy.overlays.ipynb #3d32daff
 @dataclass(frozen=True, eq=False)
 class Overlay:
     "A picture with a finding, as pixels and in words"
@@ -94,10 +94,10 @@ def answer_words(
     best = max(finding.probs, key=finding.probs.get) if finding.probs else ""
     sure = f"{finding.probs[best]:.2f}{'' if finding.calibrated else ', not calibrated'}" if best else ""
     if finding.state == "named": return f"model names {finding.label} ({sure})"
-    if finding.state == "abstained": return f"model abstains: {best} {sure} is too little"
+    if finding.state == "abstained": return f"model abstains: {best} ({sure}) is below its threshold"
     return {"stranger": "no class: unlike the pictures it knows", "unreadable": "no class: unreadable"}[finding.state]
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #b7891307
+# %% ../../nbs/54a_deploy.overlays.ipynb #7514fdf6
 def draw_overlay(
     grey:np.ndarray, # `(H,W)` grey of any range
     finding:Finding, # of that picture

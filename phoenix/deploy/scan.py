@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.scan.html.md"""
 __all__ = ['SCAN_KINDS', 'RULE', 'ScanError', 'Limits', 'Scan', 'read_scan', 'Cut', 'cut_slices', 'Answer', 'join', 'Look',
            'Study', 'model_facts', 'process_scan']
 
-# %% ../../nbs/54b_deploy.scan.ipynb #c200f316
+# %% ../../nbs/54b_deploy.scan.ipynb #d2f230e4
 import hashlib
 import io
 import zipfile
@@ -30,7 +30,7 @@ from .clinical import DecisionError, Finding, Rules, decide, map_check
 from .overlays import Overlay, draw_overlay, explain_picture
 from .package import RUNTIMES, Package
 
-# %% ../../nbs/54b_deploy.scan.ipynb #39a2af0a
+# %% ../../nbs/54b_deploy.scan.ipynb #830a25d0
 SCAN_KINDS = {
     "missing": "nothing at this path",
     "empty": "no picture and no volume inside",
@@ -59,7 +59,7 @@ class Limits:
     megavoxels:float=256. # of a volume
     megapixels:float=64. # of a picture
 
-# %% ../../nbs/54b_deploy.scan.ipynb #c31b4e43
+# %% ../../nbs/54b_deploy.scan.ipynb #6cfd9987
 def _unzip(data, limits):
     "The files of an archive, in memory; hidden ones are left out"
     try:
@@ -86,7 +86,7 @@ def _member(z, item):
     if len(data) != item.file_size: raise ScanError("A file must be as long as its archive says; send it again")
     return data
 
-# %% ../../nbs/54b_deploy.scan.ipynb #fc284ea3
+# %% ../../nbs/54b_deploy.scan.ipynb #e0c2707f
 def _kind(head):
     "'picture', 'dicom', 'volume' or '' from the first bytes"
     name = sniff(head)
@@ -115,7 +115,7 @@ def _files(source, limits):
     if any(sniff(p[:352]) == "zip" for p in parts): raise ScanError("An archive must not lie in another; unpack it first")
     return parts
 
-# %% ../../nbs/54b_deploy.scan.ipynb #b63aa9d6
+# %% ../../nbs/54b_deploy.scan.ipynb #651e04ea
 @dataclass(frozen=True, eq=False)
 class Scan:
     "What was read: one picture, or one volume with a place"
@@ -154,7 +154,7 @@ def _only(parts, series):
     if not chosen: raise ScanError(f"A series of pictures must be there, got {sorted(groups)[:8]}; choose one", "empty")
     return kind, chosen, len(parts) - len(chosen)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #45723618
+# %% ../../nbs/54b_deploy.scan.ipynb #58939b6e
 def _dicom(parts, limits):
     "A DICOM series as a volume, or its only frame as a picture"
     headers = tuple(read_dataset(p, header_only=True) for p in parts)
@@ -189,7 +189,7 @@ def read_scan(
     left = (f"{others} other files were left out",) if others else ()
     return Scan(scan.format, scan.grey, scan.volume, (*scan.doubts, *left), scan.headers)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #f508fce2
+# %% ../../nbs/54b_deploy.scan.ipynb #b5baee7d
 @dataclass(frozen=True, eq=False)
 class Cut:
     "One slice as a picture"
@@ -225,7 +225,7 @@ def cut_slices(
         made.append(Cut(f"{plane} {k}", k, parts[near].mm, parts[near].pixel_mm, greys if near else greys[0]))
     return made
 
-# %% ../../nbs/54b_deploy.scan.ipynb #184c7272
+# %% ../../nbs/54b_deploy.scan.ipynb #dde5132e
 RULE = ("A class other than no_tumor is named when two neighbouring slices of those looked at name it and no slice names a "
         "third class; no_tumor when every slice with an answer says so and at least half of the slices have one; otherwise "
         "the volume is left open.")
@@ -258,7 +258,7 @@ def join(
     why.append("the answer of a volume is put together from slices: how often it is wrong was not measured")
     return Answer(label, counts, tuple(why))
 
-# %% ../../nbs/54b_deploy.scan.ipynb #ab0ac56b
+# %% ../../nbs/54b_deploy.scan.ipynb #c42989d3
 @dataclass(frozen=True, eq=False)
 class Look:
     "One picture that was looked at"
@@ -298,7 +298,7 @@ def model_facts(
                 decision_sha256=hashes.get("decision.json", ""), certificate_sha256=i.get("certificate_sha256", ""),
                 run=i.get("run_hash", ""), synthetic=i["synthetic"], published=i["published"], phoenix=phoenix.__version__)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #65f1e16f
+# %% ../../nbs/54b_deploy.scan.ipynb #ced955e7
 def _most(findings, label, n):
     "Indices of the pictures to show, in order: those with the highest probability of the class"
     sure = [f.probs.get(label, 0.) if label else max(f.probs.values(), default=0.) for f in findings]
@@ -311,7 +311,7 @@ def _overlay(package, cut, finding, plane, explain, model):
     heat = explain_picture(package, cut.image, best, model=model) if explain and best else None
     return draw_overlay(cut.grey, finding, plane=plane, heat=heat, stamp=map_check(package)["stamp"])
 
-# %% ../../nbs/54b_deploy.scan.ipynb #16fa03d3
+# %% ../../nbs/54b_deploy.scan.ipynb #46f96378
 def process_scan(
     path:str|Path|bytes, # PNG, JPEG, TIFF, BMP, NIfTI, DICOM file, folder with a series, or a zip; or a file's bytes
     package:Package, # with a certified network
