@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.pairs.html.md"""
 # %% auto #0
 __all__ = ['PairError', 'Match', 'Pair', 'match_pair', 'draw_pair']
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #f1d5e7c7
+# %% ../../nbs/54d_deploy.pairs.ipynb #7595231c
 import datetime
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -22,7 +22,7 @@ from .clinical import NOTICE, DecisionError, check_wording
 from .overlays import Overlay, _pixels, show_sides, side_words
 from .scan import Scan
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #fd215af4
+# %% ../../nbs/54d_deploy.pairs.ipynb #84647367
 class PairError(DecisionError):
     "Two scans that can't be shown as a pair"
 
@@ -51,7 +51,7 @@ def _coarse(image, mm=3.):
     return sitk.Resample(smooth, new.tolist(), sitk.Transform(), sitk.sitkLinear, image.GetOrigin(),
                          (size*spacing/new).tolist(), image.GetDirection(), low, sitk.sitkFloat32)
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #e94c11ec
+# %% ../../nbs/54d_deploy.pairs.ipynb #421ea841
 def _rigid(fixed, moving):
     "Six numbers that lay one image on another"
     r = sitk.ImageRegistrationMethod()
@@ -76,7 +76,7 @@ def _head(image):
     low = x.min()
     return x, x - low > .15*(np.percentile(x, 99) - low)
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #9f8245a7
+# %% ../../nbs/54d_deploy.pairs.ipynb #76b3fbd6
 @dataclass(frozen=True)
 class Match:
     "How well two scans lie on each other"
@@ -91,11 +91,11 @@ class Match:
         "Why the pair must not be shown"
         if not self.overlap >= .7: return f"{self.overlap:.0%} of the first head lie in the second scan, 70 % are needed"
         if not self.return_mm <= 2: return f"registered there and back points miss themselves by {self.return_mm:.1f} mm"
-        if not self.correlation >= .6:
-            return f"inside the head they correlate by {self.correlation:.2f}, 0.6 is needed: another head, or another contrast"
+        if not self.correlation >= .65:
+            return f"inside the head they correlate by {self.correlation:.2f}, 0.65 is needed: another head, or another contrast"
         return ""
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #c8cfdadd
+# %% ../../nbs/54d_deploy.pairs.ipynb #4831f484
 def _measure(a, b, there, back):
     "The figures of a registration of two coarse images"
     x, head = _head(a)
@@ -123,7 +123,7 @@ class Pair:
     days:int|None=None # from the first to the second, where both files state a date
     doubts:tuple=() # sentences
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #6c803d4f
+# %% ../../nbs/54d_deploy.pairs.ipynb #1e01c1cb
 def _same_person(first, second):
     "Refuse two scans whose headers name different people; doubts where they name nobody"
     who = [(str(s.headers[0].get("IssuerOfPatientID") or ""), str(s.headers[0].get("PatientID") or "")) if s.headers
@@ -147,7 +147,7 @@ def _same_grey(x, y, head):
     if not b2 > b0: raise PairError("A scan must show tissue to be compared, the second is flat; see what was sent")
     return (y - b1)*((a2 - a0)/(b2 - b0)) + a1
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #c78d9173
+# %% ../../nbs/54d_deploy.pairs.ipynb #b7984112
 def match_pair(
     first:Scan, # the earlier scan, a volume
     second:Scan, # the later one
@@ -171,7 +171,7 @@ def match_pair(
     later = make_volume(grey, first.volume.affine, source=second.format)
     return Pair(first.volume, later, inside, match, _days(first, second), (*doubts, *first.doubts, *second.doubts))
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #2d995e68
+# %% ../../nbs/54d_deploy.pairs.ipynb #0288a4d9
 def _text(pair, where):
     "The lines below the pictures"
     m = pair.match
