@@ -6,10 +6,10 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.clinical.html.md"""
 
 # %% auto #0
 __all__ = ['NOTICE', 'ADVICE', 'DecisionError', 'check_wording', 'feature_tensor', 'answer_views', 'prepare', 'halves',
-           'Decision', 'fit_decision', 'save_decision', 'read_decision', 'map_check', 'Rules', 'Finding', 'advice',
-           'decide']
+           'Decision', 'fit_decision', 'save_decision', 'read_decision', 'map_check', 'check_package_map', 'Rules',
+           'Finding', 'advice', 'decide']
 
-# %% ../../nbs/54_deploy.clinical.ipynb #41a029b4
+# %% ../../nbs/54_deploy.clinical.ipynb #547ea5e0
 import json
 import re
 from collections.abc import Sequence
@@ -26,13 +26,14 @@ from ..data.pixels import PixelError, read_pixels
 from .package import RUNTIMES, Package, load_package, softmax
 from .package import _list_hashes
 from ..evaluate.calibration import Calibrator, ece, fit_calibrator
+from ..evaluate.explain import check_map
 from ..evaluate.strangers import Acquaintance, get_acquainted, stranger_threshold
 from ..evaluate.uncertainty import VIEWS, Conformal, fit_conformal, see, spread
 from ..keys import permutation
 from ..records import hash_json, write_json
 from ..settings import PhoenixError
 
-# %% ../../nbs/54_deploy.clinical.ipynb #4d308857
+# %% ../../nbs/54_deploy.clinical.ipynb #b1436933
 class DecisionError(PhoenixError):
     "A finding that can't be made, or a text that must not leave"
 
@@ -55,7 +56,7 @@ def check_wording(
         raise DecisionError(f"A text must stay decision support, but it says {found.group()!r}; name what the model saw")
     return text
 
-# %% ../../nbs/54_deploy.clinical.ipynb #4037304e
+# %% ../../nbs/54_deploy.clinical.ipynb #212cd608
 _PASSING = {"Identity", "Cast", "Reshape", "QuantizeLinear", "DequantizeLinear", "Softmax"}
 
 
@@ -74,7 +75,7 @@ def feature_tensor(
     raise DecisionError("A network must end in a matrix product for its features to be read, this one doesn't; "
                         "fit with strangers='energy'")
 
-# %% ../../nbs/54_deploy.clinical.ipynb #88c8701c
+# %% ../../nbs/54_deploy.clinical.ipynb #93283f6e
 def _tapped(package, runtime, threads):
     "A session of a certified network with its features as second output; opened once, then kept"
     key = runtime, threads, "features"
@@ -108,7 +109,7 @@ def answer_views(
                             "export the network again")
     return logits, np.asarray(rows[0], np.float64).ravel()
 
-# %% ../../nbs/54_deploy.clinical.ipynb #db4e1a65
+# %% ../../nbs/54_deploy.clinical.ipynb #880e3bdf
 def _grey(source):
     "Grey pixels of an array, a file or its bytes"
     if isinstance(source, np.ndarray):
@@ -135,7 +136,7 @@ def prepare(
     if not made.any(): raise DecisionError("A picture must show a head, preprocessing finds none; leave it out")
     return np.repeat(made, package.info["pixels"]["channels"]//slices, axis=0)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #a1667348
+# %% ../../nbs/54_deploy.clinical.ipynb #c3e182ce
 def halves(
     targets:np.ndarray, # `(N,)` class indices
     groups:Sequence, # `(N,)` patient or cluster of each picture
@@ -152,7 +153,7 @@ def halves(
             side[k], turn = turn % 2 == 0, turn + 1
     return side[codes]
 
-# %% ../../nbs/54_deploy.clinical.ipynb #eb299a28
+# %% ../../nbs/54_deploy.clinical.ipynb #639b0235
 @dataclass(frozen=True)
 class Decision:
     "What a validation fold says about one network of a package"
@@ -181,7 +182,7 @@ class Decision:
         known = Acquaintance(np.array(self.strangers["means"]), np.array(self.strangers["precision"]), None, 0)
         return float(known.mahalanobis(np.asarray(features)[None])[0])
 
-# %% ../../nbs/54_deploy.clinical.ipynb #f0dfba91
+# %% ../../nbs/54_deploy.clinical.ipynb #16a58847
 def _calibration(probs, targets, how):
     "Temperature of mean probabilities, with what it changed"
     if how == "none": return None
@@ -197,7 +198,7 @@ def _sets(probs, targets, alpha):
     limits = [float(t) if np.isfinite(t) else None for t in made.thresholds]
     return dict(alpha=alpha, thresholds=limits, pictures=len(probs), score=made.score)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #9ad6a2a8
+# %% ../../nbs/54_deploy.clinical.ipynb #ade99789
 def _strangers(decision, score, keep, a, b, logits, features, targets):
     "Reference from half A, limit from half B"
     if score not in ("mahalanobis", "energy", "none"):
@@ -214,7 +215,7 @@ def _strangers(decision, score, keep, a, b, logits, features, targets):
     limit = stranger_threshold([made.strangeness(z, f) for z, f in zip(logits[b], features[b])], keep)
     return how | dict(limit=limit if np.isfinite(limit) else None)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #1e695982
+# %% ../../nbs/54_deploy.clinical.ipynb #34e1ce56
 def fit_decision(
     package:Package, # with a certified network
     images:Sequence, # of a validation fold: neither training nor test pictures; see `prepare`
@@ -244,7 +245,7 @@ def fit_decision(
     made = replace(made, sets=_sets(made.probs(mean[~a]), targets[~a], alpha))
     return replace(made, strangers=_strangers(made, strangers, keep, a, ~a, z[:, 0], features, targets))
 
-# %% ../../nbs/54_deploy.clinical.ipynb #16b09cd8
+# %% ../../nbs/54_deploy.clinical.ipynb #1cd8ace8
 def _file(package):
     "The content of decision.json, or nothing where there is none"
     if "decision.json" not in package.hashes: return dict(format=1, runtimes={}, map=None)
@@ -273,7 +274,7 @@ def save_decision(
     _list_hashes(package.path)
     return load_package(package.path)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #eddc0d7b
+# %% ../../nbs/54_deploy.clinical.ipynb #0dc0bca9
 def read_decision(
     package:Package, # a model folder
     runtime:Literal["fp32","int8"]="int8", # of which network
@@ -295,7 +296,18 @@ def map_check(
     if found and found["weights"] == package.hashes["model.safetensors"]: return found
     return dict(name="gradcam", stamp="UNTESTED", tests=[])
 
-# %% ../../nbs/54_deploy.clinical.ipynb #7b68267b
+# %% ../../nbs/54_deploy.clinical.ipynb #c7b39f52
+def check_package_map(
+    package:Package, # whose weights are explained
+    images:Sequence, # validation pictures, see `prepare`
+    groups:Sequence, # patient or cluster of each
+    name:str="gradcam", # a key of `MAPS`
+)->object: # a `MapCheck`, for `save_decision`
+    "Test an explanation map on validation pictures"
+    x = torch.from_numpy(np.stack([prepare(package, i) for i in images]))
+    return check_map(name, package.model(), x, groups=list(groups))
+
+# %% ../../nbs/54_deploy.clinical.ipynb #8d7059bd
 @dataclass(frozen=True)
 class Rules:
     "When a finding asks for review"
@@ -332,7 +344,7 @@ class Finding:
         "Whether it must be reviewed before anyone uses it"
         return bool(self.state != "named" or self.reasons or self.unknown)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #9cd227a4
+# %% ../../nbs/54_deploy.clinical.ipynb #e683e866
 ADVICE = {"named": "Nothing stands out. Read the images as always; this is a second opinion.",
           "review": "Review this finding before it is used: see the reasons.",
           "silent": "No class is named. Read the images without this model."}
@@ -359,7 +371,7 @@ def _unknown(package, decision):
         said.append("whether the picture is of the kind the model knows can't be told")
     return tuple(said)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #8a24764c
+# %% ../../nbs/54_deploy.clinical.ipynb #07c1e164
 def _reasons(rules, top, p, s, likely, coverage, classes):
     "Why a person must look, in words"
     if p[top] < rules.threshold:
@@ -380,7 +392,7 @@ def _set(decision, p):
     found = Conformal(how["alpha"], np.array(how["thresholds"]), np.array([how["pictures"]]), how["score"])
     return tuple(c for c, k in zip(decision.classes, found(probs=p[None])[0]) if k), 1 - how["alpha"]
 
-# %% ../../nbs/54_deploy.clinical.ipynb #40b504cf
+# %% ../../nbs/54_deploy.clinical.ipynb #2710ff62
 def _judge(package, decision, rules, name, logits, features):
     "The finding of a picture that was answered"
     views, unknown = softmax(logits), _unknown(package, decision)
@@ -402,7 +414,7 @@ def _judge(package, decision, rules, name, logits, features):
         return replace(made, state="stranger", label=None, probs={}, likely=None, coverage=None, reasons=(why,))
     return replace(made, state="abstained", label=None) if p[top] < rules.threshold else made
 
-# %% ../../nbs/54_deploy.clinical.ipynb #44c60758
+# %% ../../nbs/54_deploy.clinical.ipynb #bc25b305
 def decide(
     package:Package, # with a certified network; with `decision.json` it can tell more
     images:Sequence, # pictures, see `prepare`

@@ -7,12 +7,13 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.objects.html.md"""
 # %% auto #0
 __all__ = ['STUDY_SCHEMA', 'FORMATS', 'to_json', 'to_html', 'to_sc', 'to_sr', 'to_fhir', 'save_reports']
 
-# %% ../../nbs/54c_deploy.objects.ipynb #79cee7d7
+# %% ../../nbs/54c_deploy.objects.ipynb #473de142
 import base64
 import datetime
 import hashlib
 import io
 import json
+import re
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from .scan import Look, Study
 from ..records import write_bytes, write_text
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/54c_deploy.objects.ipynb #a1618e50
+# %% ../../nbs/54c_deploy.objects.ipynb #7961f1a6
 _MAYBE, _TEXTS = {"type": ["number", "null"]}, {"type": "array", "items": {"type": "string"}}
 _FINDING = {
     "type": "object", "additionalProperties": False,
@@ -54,7 +55,7 @@ STUDY_SCHEMA = {
         "answer": {"type": "object", "required": ["label", "counts", "reasons", "rule", "review"]},
         "findings": {"type": "array", "minItems": 1, "items": _FINDING}, "model": {"type": "object"}}}
 
-# %% ../../nbs/54c_deploy.objects.ipynb #b04511dc
+# %% ../../nbs/54c_deploy.objects.ipynb #66907c0f
 def _finding_data(look):
     "One finding as plain data"
     f, c = look.finding, look.cut
@@ -80,7 +81,7 @@ def to_json(
     check_wording(json.dumps(made, allow_nan=False))
     return made
 
-# %% ../../nbs/54c_deploy.objects.ipynb #f9a65561
+# %% ../../nbs/54c_deploy.objects.ipynb #9dacb94a
 _STYLE = """:root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;
 color:#1a1a1a;background:#fff}h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
 .notice{border:2px solid #7a4b00;background:#fff6e5;padding:.6rem .8rem;border-radius:.3rem}
@@ -92,7 +93,7 @@ figure img{max-width:100%;display:block;margin:auto}figcaption{padding:.4rem .6r
 .pictures{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 code{overflow-wrap:anywhere;font-size:.85rem}footer{margin-top:1.5rem;font-size:.85rem;color:#444}"""
 
-# %% ../../nbs/54c_deploy.objects.ipynb #aac20375
+# %% ../../nbs/54c_deploy.objects.ipynb #07af4c76
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Decision support for scan {{ d.key }}</title><style>{{ style }}</style></head><body><main>
@@ -120,7 +121,7 @@ class{% endif %}{% if d.answer.review %} <span class="flag">review needed</span>
 <footer>{% if d.made %}Made {{ d.made }}. {% endif %}{{ d.slices.looked_at }} of {{ d.slices.all }} slices were looked at;
 {{ d.sides }}.</footer></main></body></html>"""
 
-# %% ../../nbs/54c_deploy.objects.ipynb #243be92a
+# %% ../../nbs/54c_deploy.objects.ipynb #93cd43a4
 def to_html(
     study:Study, # from `process_scan`
     when:datetime.datetime|None=None, # time of the report
@@ -139,7 +140,7 @@ def to_html(
     check_wording(words)
     return page
 
-# %% ../../nbs/54c_deploy.objects.ipynb #e901c09e
+# %% ../../nbs/54c_deploy.objects.ipynb #88f7c6fe
 def _highdicom():
     "highdicom, or the sentence that says how to get it"
     try: import highdicom
@@ -166,7 +167,7 @@ def _uid(study, *parts):
     text = "\0".join((study.key, study.model["network_sha256"], study.model["decision_sha256"], *map(str, parts)))
     return f"2.25.{int(hashlib.sha256(text.encode()).hexdigest()[:31], 16)}"
 
-# %% ../../nbs/54c_deploy.objects.ipynb #c991110c
+# %% ../../nbs/54c_deploy.objects.ipynb #0cc84ea6
 def _instances(
     study:Study, # of a DICOM scan
     look:Look, # one of its slices
@@ -185,22 +186,30 @@ def _instances(
             if normal.argmax() == axis and abs(at - look.cut.mm) < .05: return [(h, [k + 1] if frames > 1 else None)]
     return [(h, None) for h in headers]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #6a20640e
+# %% ../../nbs/54c_deploy.objects.ipynb #e74d9902
 _COPIED = ("SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
            "AccessionNumber", "StudyID", "ReferringPhysicianName", "StudyInstanceUID")
+
+
+_FORMS = {"PatientBirthDate": r"\d{8}", "StudyDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?", "PatientSex": "[MFO]"}
+
+
+def _said(header, name):
+    "A value of a header, '' where it is absent or not of its form"
+    value = str(header.get(name) or "")
+    return value if name not in _FORMS or re.fullmatch(_FORMS[name], value) else ""
 
 
 def _identity(study):
     "Patient and study of the scan as arguments of an object"
     h = study.scan.headers[0] if study.scan.headers else {}
-    def get(name): return h.get(name) or None
-    sex = get("PatientSex")
-    return dict(study_instance_uid=str(get("StudyInstanceUID") or _uid(study, "study")), patient_id=get("PatientID"),
-                patient_name=get("PatientName"), patient_birth_date=get("PatientBirthDate") or "",
-                patient_sex=sex if sex in ("M", "F", "O") else None, study_date=get("StudyDate"), study_time=get("StudyTime"),
+    def get(name): return _said(h, name) or None
+    return dict(study_instance_uid=get("StudyInstanceUID") or _uid(study, "study"), patient_id=get("PatientID"),
+                patient_name=h.get("PatientName") or None, patient_birth_date=_said(h, "PatientBirthDate"),
+                patient_sex=get("PatientSex"), study_date=get("StudyDate"), study_time=get("StudyTime"),
                 accession_number=get("AccessionNumber"), study_id=get("StudyID"),
-                referring_physician_name=get("ReferringPhysicianName"),
-                specific_character_set=get("SpecificCharacterSet") or "ISO_IR 192")
+                referring_physician_name=h.get("ReferringPhysicianName") or None,
+                specific_character_set=h.get("SpecificCharacterSet") or "ISO_IR 192")
 
 
 def _maker(study, when):
@@ -209,7 +218,7 @@ def _maker(study, when):
                 software_versions=f"phoenix {phoenix.__version__}", device_serial_number=study.model["network_sha256"][:16],
                 content_date=when.date(), content_time=when.time())
 
-# %% ../../nbs/54c_deploy.objects.ipynb #889c09a1
+# %% ../../nbs/54c_deploy.objects.ipynb #e2875515
 def _stamp(ds, when):
     "Fix the times that a library takes from the clock, and write the object"
     ds.InstanceCreationDate, ds.InstanceCreationTime = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
@@ -240,7 +249,7 @@ def _capture(study, look, number, when):
     if study.scan.headers: ds.SourceImageSequence = [_reference(h, f) for h, f in _instances(study, look)]
     return ds
 
-# %% ../../nbs/54c_deploy.objects.ipynb #8d37512c
+# %% ../../nbs/54c_deploy.objects.ipynb #a894e760
 def _reference(header, frames):
     "An item that names an instance"
     from pydicom import Dataset
@@ -259,7 +268,7 @@ def to_sc(
     with _private("a secondary capture"):
         return [_stamp(_capture(study, x, k + 1, when), when) for k, x in enumerate(study.shown)]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #75547cc3
+# %% ../../nbs/54c_deploy.objects.ipynb #f007cfad
 def _code(value, meaning):
     "A code of the private scheme"
     return _highdicom().sr.CodedConcept(value, "99PHOENIX", meaning[:64])
@@ -284,7 +293,7 @@ def _group(study, look, sources):
         qualitative_evaluations=[sr.QualitativeEvaluation(codes.DCM.Finding, named),
                                  sr.QualitativeEvaluation(_code("advice", "what to do"), flag)])
 
-# %% ../../nbs/54c_deploy.objects.ipynb #054aad7a
+# %% ../../nbs/54c_deploy.objects.ipynb #b5049b65
 def _algorithm(study):
     "Which model spoke"
     facts = [f"{k}: {study.model[k]}" for k in ("runtime", "network_sha256", "decision_sha256", "certificate_sha256")]
@@ -305,7 +314,7 @@ def _texts(study):
     yield from d["doubts"]
     yield d["sides"]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #8be26fea
+# %% ../../nbs/54c_deploy.objects.ipynb #23437f45
 def _evidence(study, when):
     "Instances that the report speaks of: the scan's own, or the captures where it is not DICOM"
     from pydicom import Dataset
@@ -319,10 +328,8 @@ def _evidence(study, when):
         e = Dataset()
         for name in (*_COPIED, "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns", "NumberOfFrames"):
             if name in h: setattr(e, name, h.get(name))
-        for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-                     "StudyTime"):
-            if name not in e: setattr(e, name, "")
-        if e.PatientSex not in ("M", "F", "O"): e.PatientSex = ""
+        for name in ("PatientID", "AccessionNumber", "StudyID", *_FORMS): setattr(e, name, _said(h, name))
+        if "PatientName" not in e: e.PatientName = ""
         made.append(e)
     return made
 
@@ -336,7 +343,7 @@ def _sources(study, look, evidence):
     mine = [evidence[names.index(look.cut.name)]] if look.cut.name in names else []
     return [make(e.SOPClassUID, e.SOPInstanceUID) for e in mine] or None
 
-# %% ../../nbs/54c_deploy.objects.ipynb #02c815e0
+# %% ../../nbs/54c_deploy.objects.ipynb #d821ea6b
 def _report(study, when):
     "The content of the report: TID 1500 with sentences as comments"
     from pydicom.sr.codedict import codes
@@ -366,7 +373,7 @@ def to_sr(
                                    **_maker(study, when))
         return _stamp(ds, when)
 
-# %% ../../nbs/54c_deploy.objects.ipynb #285ef04f
+# %% ../../nbs/54c_deploy.objects.ipynb #9bb7650a
 _DIV = '<div xmlns="http://www.w3.org/1999/xhtml"><p>{}</p></div>'
 _UNIT = {"unit": "1", "system": "http://unitsofmeasure.org", "code": "1"}
 _ABSENT = {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/data-absent-reason", "code": "unknown"}]}
@@ -387,7 +394,7 @@ def _observation(look, k):
             "interpretation": [{"text": advice(f)}], **({"note": notes} if notes else {}),
             **({"component": parts} if parts else {})}
 
-# %% ../../nbs/54c_deploy.objects.ipynb #f03ee133
+# %% ../../nbs/54c_deploy.objects.ipynb #8232c165
 def to_fhir(
     study:Study, # from `process_scan`
     when:datetime.datetime, # time of the report, with a time zone
@@ -411,7 +418,7 @@ def to_fhir(
     check_wording(json.dumps(made, allow_nan=False), allowed=("DiagnosticReport",))
     return made
 
-# %% ../../nbs/54c_deploy.objects.ipynb #3770c963
+# %% ../../nbs/54c_deploy.objects.ipynb #8a4fd18f
 FORMATS = ("json", "html", "sr", "sc", "fhir")
 
 
