@@ -844,7 +844,7 @@ def predict(
             for a in answers]
     return Reply(dict(answers=data, runtime=runtime), lines(rows))
 
-# %% ../nbs/91_cli.ipynb #108ce554
+# %% ../nbs/91_cli.ipynb #69f96f4e
 @command(app, "calibrate", "phoenix calibrate runs/train-…/model data/raw/phantom split.json --runtime fp32")
 def calibrate(
     model:Path, # model folder; decision.json is added
@@ -864,13 +864,14 @@ def calibrate(
     few = rows.iloc[:maps]
     check = check_package_map(package, _files(package, folder, few), list(few.group)) if maps else None
     save_decision(package, made, check)
-    facts = dict(pictures=made.fold["pictures"], groups=made.fold["groups"], temperature=made.calibration["temperature"],
+    facts = dict(pictures=made.fold["pictures"], groups=made.fold["groups"],
+                 temperature=made.calibration["temperature"],
                  ece_before=made.calibration["ece_before"], ece_after=made.calibration["ece_after"], alpha=alpha,
                  set_threshold=made.sets["thresholds"][0], stranger_limit=(made.strangers or {}).get("limit"),
                  map="UNTESTED" if check is None else check.stamp or "passed")
     return Reply(facts, lines([dict(what=k, value=str(v)) for k, v in facts.items()]))
 
-# %% ../nbs/91_cli.ipynb #6483e063
+# %% ../nbs/91_cli.ipynb #036a516c
 @command(app, "scan", "phoenix scan head.nii.gz runs/train-…/model --out reports --format json,html,sr,sc,fhir")
 def scan(
     path:Path, # PNG, JPEG, NIfTI, DICOM file, folder with a series, or a zip of one
@@ -895,7 +896,7 @@ def scan(
     said = [f"answer  {study.answer.label or 'none'}", *study.answer.reasons, data["notice"], *map(str, files)]
     return Reply(data | dict(files=[str(f) for f in files]), f"{lines(rows)}\n\n" + "\n".join(said))
 
-# %% ../nbs/91_cli.ipynb #fdcba802
+# %% ../nbs/91_cli.ipynb #5a0b3fa7
 @command(app, "pair", "phoenix pair earlier.nii.gz later.nii.gz pair.png")
 def pair(
     first:Path, # the earlier scan, a volume

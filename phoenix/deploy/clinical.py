@@ -9,7 +9,7 @@ __all__ = ['NOTICE', 'ADVICE', 'DecisionError', 'check_wording', 'feature_tensor
            'Decision', 'fit_decision', 'save_decision', 'read_decision', 'map_check', 'check_package_map', 'Rules',
            'Finding', 'advice', 'decide']
 
-# %% ../../nbs/54_deploy.clinical.ipynb #547ea5e0
+# %% ../../nbs/54_deploy.clinical.ipynb #3c8271ff
 import json
 import re
 from collections.abc import Sequence
@@ -33,15 +33,16 @@ from ..keys import permutation
 from ..records import hash_json, write_json
 from ..settings import PhoenixError
 
-# %% ../../nbs/54_deploy.clinical.ipynb #b1436933
+# %% ../../nbs/54_deploy.clinical.ipynb #2c3f4351
 class DecisionError(PhoenixError):
     "A finding that can't be made, or a text that must not leave"
 
 
 NOTICE = ("Decision support for research: this is not a diagnosis and does not replace the reading of the images "
           "by a qualified person.")
-_FORBIDDEN = re.compile(r"diagnos\w*|\bpatient has\b|\bsuffers?\b|\bautomated report\w*|\bclinically (?:proven|valid\w*)|"
-                        r"\bconfirmed\b|\bno need for\b|\brule[ds]? out\b|\bhealthy\b|\bcancer\w*|\bmalignan\w*", re.I)
+_FORBIDDEN = re.compile(r"diagnos\w*|\bpatient has\b|\bsuffers?\b|\bautomated report\w*|\bclinically proven\b|"
+                        r"\bclinically valid\w*|\bconfirmed\b|\bno need for\b|\brule[ds]? "
+                        r"out\b|\bhealthy\b|\bcancer\w*|\bmalignan\w*", re.I)
 
 
 def check_wording(
@@ -53,11 +54,12 @@ def check_wording(
     rest = text
     for known in (NOTICE, *allowed): rest = rest.replace(known, "")
     if found := _FORBIDDEN.search(rest):
-        raise DecisionError(f"A text must stay decision support, but it says {found.group()!r}; name what the model saw")
+        raise DecisionError(f"A text must stay decision support, but it says {found.group()!r}; name what the model "
+                            f"saw")
     return text
 
-# %% ../../nbs/54_deploy.clinical.ipynb #212cd608
-_PASSING = {"Identity", "Cast", "Reshape", "QuantizeLinear", "DequantizeLinear", "Softmax"}
+# %% ../../nbs/54_deploy.clinical.ipynb #dcc94780
+_PASSING = {"Add", "Identity", "Cast", "Reshape", "QuantizeLinear", "DequantizeLinear", "Softmax"}
 
 
 def feature_tensor(
@@ -66,16 +68,17 @@ def feature_tensor(
     "The input of the last matrix product"
     made = {o: n for n in network.graph.node for o in n.output}
     fixed, at = {t.name for t in network.graph.initializer}, network.graph.output[0].name
+    def constant(name): return name in fixed or (name in made and all(map(constant, filter(None, made[name].input))))
     while at in made:
         node = made[at]
         if node.op_type in ("Gemm", "MatMul"): return node.input[0]
-        inner = [i for i in node.input if i not in fixed and i in made]
-        if node.op_type not in _PASSING | {"Add"} or not inner: break
+        inner = [i for i in node.input if i and not constant(i)]
+        if node.op_type not in _PASSING or len(inner) != 1: break
         at = inner[0]
-    raise DecisionError("A network must end in a matrix product for its features to be read, this one doesn't; "
+    raise DecisionError("A network must end in one matrix product for its features to be read, this one doesn't; "
                         "fit with strangers='energy'")
 
-# %% ../../nbs/54_deploy.clinical.ipynb #93283f6e
+# %% ../../nbs/54_deploy.clinical.ipynb #708dd0b9
 def _tapped(package, runtime, threads):
     "A session of a certified network with its features as second output; opened once, then kept"
     key = runtime, threads, "features"
@@ -109,12 +112,13 @@ def answer_views(
                             "export the network again")
     return logits, np.asarray(rows[0], np.float64).ravel()
 
-# %% ../../nbs/54_deploy.clinical.ipynb #880e3bdf
+# %% ../../nbs/54_deploy.clinical.ipynb #89f8976b
 def _grey(source):
     "Grey pixels of an array, a file or its bytes"
     if isinstance(source, np.ndarray):
         if source.ndim != 2 or source.dtype not in (np.uint8, np.uint16) or 0 in source.shape:
-            raise DecisionError(f"A picture must be (H,W) uint8 or uint16, got {source.shape} {source.dtype}; convert it")
+            raise DecisionError(f"A picture must be (H,W) uint8 or uint16, got {source.shape} {source.dtype}; "
+                                f"convert it")
         return source
     if isinstance(source, (bytes, bytearray)): return read_pixels(bytes(source)).grey
     try: return read_pixels(Path(source)).grey
@@ -136,7 +140,7 @@ def prepare(
     if not made.any(): raise DecisionError("A picture must show a head, preprocessing finds none; leave it out")
     return np.repeat(made, package.info["pixels"]["channels"]//slices, axis=0)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #c3e182ce
+# %% ../../nbs/54_deploy.clinical.ipynb #bf511a00
 def halves(
     targets:np.ndarray, # `(N,)` class indices
     groups:Sequence, # `(N,)` patient or cluster of each picture
@@ -153,7 +157,7 @@ def halves(
             side[k], turn = turn % 2 == 0, turn + 1
     return side[codes]
 
-# %% ../../nbs/54_deploy.clinical.ipynb #639b0235
+# %% ../../nbs/54_deploy.clinical.ipynb #68fd1ac6
 @dataclass(frozen=True)
 class Decision:
     "What a validation fold says about one network of a package"
@@ -182,7 +186,7 @@ class Decision:
         known = Acquaintance(np.array(self.strangers["means"]), np.array(self.strangers["precision"]), None, 0)
         return float(known.mahalanobis(np.asarray(features)[None])[0])
 
-# %% ../../nbs/54_deploy.clinical.ipynb #16a58847
+# %% ../../nbs/54_deploy.clinical.ipynb #e1eedbe0
 def _calibration(probs, targets, how):
     "Temperature of mean probabilities, with what it changed"
     if how == "none": return None
@@ -198,7 +202,7 @@ def _sets(probs, targets, alpha):
     limits = [float(t) if np.isfinite(t) else None for t in made.thresholds]
     return dict(alpha=alpha, thresholds=limits, pictures=len(probs), score=made.score)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #ade99789
+# %% ../../nbs/54_deploy.clinical.ipynb #34452e31
 def _strangers(decision, score, keep, a, b, logits, features, targets):
     "Reference from half A, limit from half B"
     if score not in ("mahalanobis", "energy", "none"):
@@ -215,7 +219,7 @@ def _strangers(decision, score, keep, a, b, logits, features, targets):
     limit = stranger_threshold([made.strangeness(z, f) for z, f in zip(logits[b], features[b])], keep)
     return how | dict(limit=limit if np.isfinite(limit) else None)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #34e1ce56
+# %% ../../nbs/54_deploy.clinical.ipynb #82e3a30a
 def fit_decision(
     package:Package, # with a certified network
     images:Sequence, # of a validation fold: neither training nor test pictures; see `prepare`
@@ -225,7 +229,7 @@ def fit_decision(
     *,
     alpha:float=.1, # share of truths that sets may miss
     keep:float=.95, # share of own pictures that are let in
-    calibrate:Literal["temperature","none"]="temperature", # 'none' where all answers are right, so that T has no optimum
+    calibrate:Literal["temperature","none"]="temperature", # 'none' where all answers are right: T has no optimum
     strangers:Literal["mahalanobis","energy","none"]="mahalanobis", # score that tells strangers
     seed:int=42, # key of the halves
     threads:int=1, # CPU threads
@@ -245,7 +249,7 @@ def fit_decision(
     made = replace(made, sets=_sets(made.probs(mean[~a]), targets[~a], alpha))
     return replace(made, strangers=_strangers(made, strangers, keep, a, ~a, z[:, 0], features, targets))
 
-# %% ../../nbs/54_deploy.clinical.ipynb #1cd8ace8
+# %% ../../nbs/54_deploy.clinical.ipynb #67fdc1e9
 def _file(package):
     "The content of decision.json, or nothing where there is none"
     if "decision.json" not in package.hashes: return dict(format=1, runtimes={}, map=None)
@@ -274,7 +278,7 @@ def save_decision(
     _list_hashes(package.path)
     return load_package(package.path)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #0dc0bca9
+# %% ../../nbs/54_deploy.clinical.ipynb #f693f1b4
 def read_decision(
     package:Package, # a model folder
     runtime:Literal["fp32","int8"]="int8", # of which network
@@ -284,7 +288,8 @@ def read_decision(
     if found is None: return None
     made = Decision(**found)
     if made.network != package.hashes.get(RUNTIMES[runtime]) or made.classes != package.classes:
-        raise DecisionError(f"The decision must be of the {runtime} network in the folder, it is of another; fit it again")
+        raise DecisionError(f"The decision must be of the {runtime} network in the folder, it is of another; fit it "
+                            f"again")
     return made
 
 
@@ -296,7 +301,7 @@ def map_check(
     if found and found["weights"] == package.hashes["model.safetensors"]: return found
     return dict(name="gradcam", stamp="UNTESTED", tests=[])
 
-# %% ../../nbs/54_deploy.clinical.ipynb #c7b39f52
+# %% ../../nbs/54_deploy.clinical.ipynb #90914725
 def check_package_map(
     package:Package, # whose weights are explained
     images:Sequence, # validation pictures, see `prepare`
@@ -307,7 +312,7 @@ def check_package_map(
     x = torch.from_numpy(np.stack([prepare(package, i) for i in images]))
     return check_map(name, package.model(), x, groups=list(groups))
 
-# %% ../../nbs/54_deploy.clinical.ipynb #8d7059bd
+# %% ../../nbs/54_deploy.clinical.ipynb #e5501786
 @dataclass(frozen=True)
 class Rules:
     "When a finding asks for review"
@@ -344,7 +349,7 @@ class Finding:
         "Whether it must be reviewed before anyone uses it"
         return bool(self.state != "named" or self.reasons or self.unknown)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #e683e866
+# %% ../../nbs/54_deploy.clinical.ipynb #6881a1aa
 ADVICE = {"named": "Nothing stands out. Read the images as always; this is a second opinion.",
           "review": "Review this finding before it is used: see the reasons.",
           "silent": "No class is named. Read the images without this model."}
@@ -371,7 +376,7 @@ def _unknown(package, decision):
         said.append("whether the picture is of the kind the model knows can't be told")
     return tuple(said)
 
-# %% ../../nbs/54_deploy.clinical.ipynb #07c1e164
+# %% ../../nbs/54_deploy.clinical.ipynb #b6044de5
 def _reasons(rules, top, p, s, likely, coverage, classes):
     "Why a person must look, in words"
     if p[top] < rules.threshold:
@@ -392,7 +397,7 @@ def _set(decision, p):
     found = Conformal(how["alpha"], np.array(how["thresholds"]), np.array([how["pictures"]]), how["score"])
     return tuple(c for c, k in zip(decision.classes, found(probs=p[None])[0]) if k), 1 - how["alpha"]
 
-# %% ../../nbs/54_deploy.clinical.ipynb #2710ff62
+# %% ../../nbs/54_deploy.clinical.ipynb #e71060b8
 def _judge(package, decision, rules, name, logits, features):
     "The finding of a picture that was answered"
     views, unknown = softmax(logits), _unknown(package, decision)
@@ -414,7 +419,7 @@ def _judge(package, decision, rules, name, logits, features):
         return replace(made, state="stranger", label=None, probs={}, likely=None, coverage=None, reasons=(why,))
     return replace(made, state="abstained", label=None) if p[top] < rules.threshold else made
 
-# %% ../../nbs/54_deploy.clinical.ipynb #bc25b305
+# %% ../../nbs/54_deploy.clinical.ipynb #00e14c48
 def decide(
     package:Package, # with a certified network; with `decision.json` it can tell more
     images:Sequence, # pictures, see `prepare`

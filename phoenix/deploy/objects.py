@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.objects.html.md"""
 # %% auto #0
 __all__ = ['STUDY_SCHEMA', 'FORMATS', 'to_json', 'to_html', 'to_sc', 'to_sr', 'to_fhir', 'save_reports']
 
-# %% ../../nbs/54c_deploy.objects.ipynb #473de142
+# %% ../../nbs/54c_deploy.objects.ipynb #4d503668
 import base64
 import datetime
 import hashlib
@@ -32,7 +32,7 @@ from .scan import Look, Study
 from ..records import write_bytes, write_text
 from ..settings import PhoenixError, did_you_mean
 
-# %% ../../nbs/54c_deploy.objects.ipynb #7961f1a6
+# %% ../../nbs/54c_deploy.objects.ipynb #486eb7f0
 _MAYBE, _TEXTS = {"type": ["number", "null"]}, {"type": "array", "items": {"type": "string"}}
 _FINDING = {
     "type": "object", "additionalProperties": False,
@@ -42,12 +42,14 @@ _FINDING = {
         "label": {"type": ["string", "null"]}, "calibrated": {"type": "boolean"}, "review": {"type": "boolean"},
         "probs": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0, "maximum": 1}},
         "entropy": _MAYBE, "disagreement": _MAYBE, "agreement": _MAYBE, "coverage": _MAYBE, "strangeness": _MAYBE,
-        "limit": _MAYBE, "likely": {"type": ["array", "null"], "items": {"type": "string"}}, "advice": {"type": "string"},
+        "limit": _MAYBE, "likely": {"type": ["array", "null"], "items": {"type": "string"}},
+                   "advice": {"type": "string"},
         "reasons": _TEXTS, "unknown": _TEXTS, "index": {"type": "integer"}, "mm": _MAYBE, "pixel_mm": _MAYBE,
         "shown": {"type": ["string", "null"]}}}
 STUDY_SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "additionalProperties": False,
-    "required": ["format", "notice", "key", "kind", "source", "plane", "sides", "answer", "findings", "doubts", "model"],
+    "required": ["format", "notice", "key", "kind", "source", "plane", "sides", "answer", "findings", "doubts",
+                 "model"],
     "properties": {
         "format": {"const": 1}, "notice": {"const": NOTICE}, "key": {"type": "string", "pattern": "^[0-9a-f]{12}$"},
         "kind": {"enum": ["picture", "volume"]}, "source": {"type": "string"}, "made": {"type": ["string", "null"]},
@@ -55,7 +57,7 @@ STUDY_SCHEMA = {
         "answer": {"type": "object", "required": ["label", "counts", "reasons", "rule", "review"]},
         "findings": {"type": "array", "minItems": 1, "items": _FINDING}, "model": {"type": "object"}}}
 
-# %% ../../nbs/54c_deploy.objects.ipynb #66907c0f
+# %% ../../nbs/54c_deploy.objects.ipynb #72f775d3
 def _finding_data(look):
     "One finding as plain data"
     f, c = look.finding, look.cut
@@ -68,7 +70,7 @@ def _finding_data(look):
 
 def to_json(
     study:Study, # from `process_scan`
-    when:datetime.datetime|None=None, # time of the report; left out when None, so that the same scan gives the same bytes
+    when:datetime.datetime|None=None, # time of the report; none when None: the same scan, the same bytes
 )->dict: # plain data by `STUDY_SCHEMA`
     "A study as data, without pixels and without anything of a person"
     a = study.answer
@@ -81,7 +83,7 @@ def to_json(
     check_wording(json.dumps(made, allow_nan=False))
     return made
 
-# %% ../../nbs/54c_deploy.objects.ipynb #9dacb94a
+# %% ../../nbs/54c_deploy.objects.ipynb #c6d9dfd1
 _STYLE = """:root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:60rem;padding:1rem;
 color:#1a1a1a;background:#fff}h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
 .notice{border:2px solid #7a4b00;background:#fff6e5;padding:.6rem .8rem;border-radius:.3rem}
@@ -93,14 +95,15 @@ figure img{max-width:100%;display:block;margin:auto}figcaption{padding:.4rem .6r
 .pictures{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 code{overflow-wrap:anywhere;font-size:.85rem}footer{margin-top:1.5rem;font-size:.85rem;color:#444}"""
 
-# %% ../../nbs/54c_deploy.objects.ipynb #07af4c76
+# %% ../../nbs/54c_deploy.objects.ipynb #d2b6342b
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Decision support for scan {{ d.key }}</title><style>{{ style }}</style></head><body><main>
 <h1>Scan {{ d.key }}</h1>
 <p class="notice" role="note">{{ d.notice }}</p>
-<p class="answer">{% if d.answer.label %}The model names <strong>{{ d.answer.label }}</strong>{% else %}The model names no
-class{% endif %}{% if d.answer.review %} <span class="flag">review needed</span>{% endif %}</p>
+<p class="answer">The model names
+{% if d.answer.label %}<strong>{{ d.answer.label }}</strong>{% else %}no class{% endif %}
+{% if d.answer.review %} <span class="flag">review needed</span>{% endif %}</p>
 <ul>{% for r in d.answer.reasons %}<li>{{ r }}</li>{% endfor %}</ul>
 {% if d.answer.rule %}<p><small>Rule: {{ d.answer.rule }}</small></p>{% endif %}
 {% if unknown %}<h2>What can't be told</h2><ul>{% for u in unknown %}<li>{{ u }}</li>{% endfor %}</ul>{% endif %}
@@ -114,14 +117,16 @@ class{% endif %}{% if d.answer.review %} <span class="flag">review needed</span>
 </tr></thead><tbody>
 {% for f, said in rows %}<tr><th scope="row">{{ f.name }}</th>{% if place %}<td class="n">{{ "%.1f"|format(f.mm) }}</td>
 {% endif %}<td>{{ said }}</td><td class="n">{{ f.entropy|num }}</td><td class="n">{{ f.agreement|num }}</td>
-<td>{{ (f.likely|join(", ") or "none") if f.likely is not none else "not known" }}</td><td>{{ f.reasons|join("; ") }}</td>
-</tr>{% endfor %}</tbody></table></div>
-<h2>Model</h2><div class="scroll" tabindex="0" role="region" aria-label="the model"><table><tbody>{% for k, v in d.model.items() %}<tr>
-<th scope="row">{{ k }}</th><td><code>{{ v|join(", ") if v is not string and v is iterable else v }}</code></td></tr>{% endfor %}</tbody></table></div>
-<footer>{% if d.made %}Made {{ d.made }}. {% endif %}{{ d.slices.looked_at }} of {{ d.slices.all }} slices were looked at;
-{{ d.sides }}.</footer></main></body></html>"""
+<td>{{ (f.likely|join(", ") or "none") if f.likely is not none else "not known" }}</td>
+<td>{{ f.reasons|join("; ") }}</td></tr>{% endfor %}</tbody></table></div>
+<h2>Model</h2><div class="scroll" tabindex="0" role="region" aria-label="the model"><table><tbody>
+{% for k, v in d.model.items() %}<tr><th scope="row">{{ k }}</th>
+<td><code>{{ v|join(", ") if v is not string and v is iterable else v }}</code></td></tr>{% endfor %}
+</tbody></table></div>
+<footer>{% if d.made %}Made {{ d.made }}. {% endif %}{{ d.slices.looked_at }} of {{ d.slices.all }} slices were
+looked at; {{ d.sides }}.</footer></main></body></html>"""
 
-# %% ../../nbs/54c_deploy.objects.ipynb #93cd43a4
+# %% ../../nbs/54c_deploy.objects.ipynb #fc74a6f8
 def to_html(
     study:Study, # from `process_scan`
     when:datetime.datetime|None=None, # time of the report
@@ -140,12 +145,13 @@ def to_html(
     check_wording(words)
     return page
 
-# %% ../../nbs/54c_deploy.objects.ipynb #88f7c6fe
+# %% ../../nbs/54c_deploy.objects.ipynb #bcad1c95
 def _highdicom():
     "highdicom, or the sentence that says how to get it"
     try: import highdicom
     except ImportError as e:
-        raise PhoenixError('DICOM objects need highdicom, which is not installed: pip install "phoenix-mri[dicom]"') from e
+        raise PhoenixError("DICOM objects need highdicom, which is not installed: pip install "
+                           "'phoenix-mri[dicom]'") from e
     return highdicom
 
 
@@ -158,7 +164,8 @@ def _private(what):
             yield
     except PhoenixError: raise
     except Exception as e:
-        raise DecisionError(f"{what} must be made from a well-formed header, it stopped with {type(e).__name__}; fetch the "
+        raise DecisionError(f"{what} must be made from a well-formed header, it stopped with {type(e).__name__}; "
+                            f"fetch the "
                             "scan again") from None
 
 
@@ -167,7 +174,7 @@ def _uid(study, *parts):
     text = "\0".join((study.key, study.model["network_sha256"], study.model["decision_sha256"], *map(str, parts)))
     return f"2.25.{int(hashlib.sha256(text.encode()).hexdigest()[:31], 16)}"
 
-# %% ../../nbs/54c_deploy.objects.ipynb #0cc84ea6
+# %% ../../nbs/54c_deploy.objects.ipynb #ae33d500
 def _instances(
     study:Study, # of a DICOM scan
     look:Look, # one of its slices
@@ -186,12 +193,14 @@ def _instances(
             if normal.argmax() == axis and abs(at - look.cut.mm) < .05: return [(h, [k + 1] if frames > 1 else None)]
     return [(h, None) for h in headers]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #e74d9902
-_COPIED = ("SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
+# %% ../../nbs/54c_deploy.objects.ipynb #7e836ed2
+_COPIED = ("SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate",
+           "StudyTime",
            "AccessionNumber", "StudyID", "ReferringPhysicianName", "StudyInstanceUID")
 
 
-_FORMS = {"PatientBirthDate": r"\d{8}", "StudyDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?", "PatientSex": "[MFO]"}
+_FORMS = {"PatientBirthDate": r"\d{8}", "StudyDate": r"\d{8}", "StudyTime": r"\d{2,6}(\.\d{1,6})?",
+          "PatientSex": "[MFO]"}
 
 
 def _said(header, name):
@@ -215,10 +224,11 @@ def _identity(study):
 def _maker(study, when):
     "What all objects say of who made them and when"
     return dict(manufacturer="phoenix", manufacturer_model_name=study.model["architecture"],
-                software_versions=f"phoenix {phoenix.__version__}", device_serial_number=study.model["network_sha256"][:16],
+                software_versions=f"phoenix {phoenix.__version__}",
+                device_serial_number=study.model["network_sha256"][:16],
                 content_date=when.date(), content_time=when.time())
 
-# %% ../../nbs/54c_deploy.objects.ipynb #e2875515
+# %% ../../nbs/54c_deploy.objects.ipynb #5ff78c8f
 def _stamp(ds, when):
     "Fix the times that a library takes from the clock, and write the object"
     ds.InstanceCreationDate, ds.InstanceCreationTime = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
@@ -237,7 +247,8 @@ def _capture(study, look, number, when):
     "The secondary capture of one overlay"
     hd, where = _highdicom(), _LOOKS_TO.get(study.plane, ("L", "P"))
     ds = hd.sc.SCImage(look.overlay.rgb, "RGB", 8, "PATIENT", series_instance_uid=_uid(study, "sc"), series_number=9001,
-                       sop_instance_uid=_uid(study, "sc", look.cut.name), instance_number=number, patient_orientation=where,
+                       sop_instance_uid=_uid(study, "sc", look.cut.name), instance_number=number,
+                       patient_orientation=where,
                        series_description="phoenix decision support", **_identity(study), **_maker(study, when))
     if study.plane is None: ds.PatientOrientation = None
     ds.Laterality = "" # required, and not for us to say
@@ -249,7 +260,7 @@ def _capture(study, look, number, when):
     if study.scan.headers: ds.SourceImageSequence = [_reference(h, f) for h, f in _instances(study, look)]
     return ds
 
-# %% ../../nbs/54c_deploy.objects.ipynb #a894e760
+# %% ../../nbs/54c_deploy.objects.ipynb #c68f9f63
 def _reference(header, frames):
     "An item that names an instance"
     from pydicom import Dataset
@@ -264,11 +275,12 @@ def to_sc(
     when:datetime.datetime, # time of the report
 )->list[bytes]: # a DICOM file for each overlay
     "The overlays as DICOM secondary captures in the study of the scan"
-    if not study.shown: raise DecisionError("A secondary capture needs an overlay, the study has none; process it with show=1")
+    if not study.shown:
+        raise DecisionError("A secondary capture needs an overlay, the study has none; process it with show=1")
     with _private("a secondary capture"):
         return [_stamp(_capture(study, x, k + 1, when), when) for k, x in enumerate(study.shown)]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #f007cfad
+# %% ../../nbs/54c_deploy.objects.ipynb #f0e08609
 def _code(value, meaning):
     "A code of the private scheme"
     return _highdicom().sr.CodedConcept(value, "99PHOENIX", meaning[:64])
@@ -293,7 +305,7 @@ def _group(study, look, sources):
         qualitative_evaluations=[sr.QualitativeEvaluation(codes.DCM.Finding, named),
                                  sr.QualitativeEvaluation(_code("advice", "what to do"), flag)])
 
-# %% ../../nbs/54c_deploy.objects.ipynb #b5049b65
+# %% ../../nbs/54c_deploy.objects.ipynb #3668f6cd
 def _algorithm(study):
     "Which model spoke"
     facts = [f"{k}: {study.model[k]}" for k in ("runtime", "network_sha256", "decision_sha256", "certificate_sha256")]
@@ -314,19 +326,21 @@ def _texts(study):
     yield from d["doubts"]
     yield d["sides"]
 
-# %% ../../nbs/54c_deploy.objects.ipynb #23437f45
+# %% ../../nbs/54c_deploy.objects.ipynb #79ed1f79
 def _evidence(study, when):
     "Instances that the report speaks of: the scan's own, or the captures where it is not DICOM"
     from pydicom import Dataset
     if not study.scan.headers:
         caught = [_capture(study, x, k + 1, when) for k, x in enumerate(study.shown)]
-        if not caught: raise DecisionError("A report needs images to speak of, a scan that isn't DICOM gives its overlays: "
+        if not caught:
+            raise DecisionError("A report needs images to speak of, a scan that isn't DICOM gives its overlays: "
                                            "process it with show=1 or more")
         return caught
     made = []
     for h in study.scan.headers:
         e = Dataset()
-        for name in (*_COPIED, "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns", "NumberOfFrames"):
+        for name in (*_COPIED, "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns",
+                     "NumberOfFrames"):
             if name in h: setattr(e, name, h.get(name))
         for name in ("PatientID", "AccessionNumber", "StudyID", *_FORMS): setattr(e, name, _said(h, name))
         if "PatientName" not in e: e.PatientName = ""
@@ -343,7 +357,7 @@ def _sources(study, look, evidence):
     mine = [evidence[names.index(look.cut.name)]] if look.cut.name in names else []
     return [make(e.SOPClassUID, e.SOPInstanceUID) for e in mine] or None
 
-# %% ../../nbs/54c_deploy.objects.ipynb #d821ea6b
+# %% ../../nbs/54c_deploy.objects.ipynb #f73ea8b8
 def _report(study, when):
     "The content of the report: TID 1500 with sentences as comments"
     from pydicom.sr.codedict import codes
@@ -373,7 +387,7 @@ def to_sr(
                                    **_maker(study, when))
         return _stamp(ds, when)
 
-# %% ../../nbs/54c_deploy.objects.ipynb #9bb7650a
+# %% ../../nbs/54c_deploy.objects.ipynb #988fffa9
 _DIV = '<div xmlns="http://www.w3.org/1999/xhtml"><p>{}</p></div>'
 _UNIT = {"unit": "1", "system": "http://unitsofmeasure.org", "code": "1"}
 _ABSENT = {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/data-absent-reason", "code": "unknown"}]}
@@ -394,19 +408,21 @@ def _observation(look, k):
             "interpretation": [{"text": advice(f)}], **({"note": notes} if notes else {}),
             **({"component": parts} if parts else {})}
 
-# %% ../../nbs/54c_deploy.objects.ipynb #8232c165
+# %% ../../nbs/54c_deploy.objects.ipynb #bcbd0dae
 def to_fhir(
     study:Study, # from `process_scan`
     when:datetime.datetime, # time of the report, with a time zone
 )->dict: # a FHIR R4 DiagnosticReport
     "A study in the shape of a FHIR DiagnosticReport, preliminary and without a subject"
-    if when.tzinfo is None: raise DecisionError("A FHIR report must state an instant, this time has no zone; give it one")
+    if when.tzinfo is None:
+        raise DecisionError("A FHIR report must state an instant, this time has no zone; give it one")
     label, facts = study.answer.label, study.model
     said = f"The model names {label}." if label else "The model names no class."
     text = check_wording(" ".join([NOTICE, said, *(f"{r}." for r in study.answer.reasons)]))
     name = uuid.uuid5(uuid.NAMESPACE_URL, _uid(study, "fhir"))
     model = {"resourceType": "Device", "id": "model", "deviceName": [{"name": "phoenix", "type": "manufacturer-name"},
-             {"name": facts["architecture"], "type": "model-name"}], "version": [{"value": f"phoenix {facts['phoenix']}"},
+             {"name": facts["architecture"], "type": "model-name"}],
+             "version": [{"value": f"phoenix {facts['phoenix']}"},
              {"value": f"network sha256 {facts['network_sha256']}"}]}
     found = [_observation(x, k) for k, x in enumerate(study.looks)]
     div = _DIV.format(str(jinja2.filters.escape(text)))
@@ -418,7 +434,7 @@ def to_fhir(
     check_wording(json.dumps(made, allow_nan=False), allowed=("DiagnosticReport",))
     return made
 
-# %% ../../nbs/54c_deploy.objects.ipynb #8a4fd18f
+# %% ../../nbs/54c_deploy.objects.ipynb #718a8ab3
 FORMATS = ("json", "html", "sr", "sc", "fhir")
 
 
@@ -430,7 +446,8 @@ def save_reports(
 )->list[Path]: # the files, named by the scan's key
     "Write a study in the forms asked for; no file is named after a person or a path"
     if wrong := [f for f in formats if f not in FORMATS]:
-        raise DecisionError(f"A format must be one of {list(FORMATS)}, got {wrong[0]!r}{did_you_mean(wrong[0], FORMATS)}")
+        raise DecisionError(f"A format must be one of {list(FORMATS)}, got "
+                            f"{wrong[0]!r}{did_you_mean(wrong[0], FORMATS)}")
     when, base, made = when or datetime.datetime.now(datetime.timezone.utc), Path(folder)/study.key, []
     def dump(x): return json.dumps(x, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     def name(end): return base.with_name(f"{base.name}{end}")

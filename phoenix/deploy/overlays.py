@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.overlays.html.md"""
 # %% auto #0
 __all__ = ['show_sides', 'side_words', 'explain_picture', 'Overlay', 'answer_words', 'draw_overlay']
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #f594f43d
+# %% ../../nbs/54a_deploy.overlays.ipynb #372f3393
 import io
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -26,7 +26,7 @@ from ..evaluate.explain import MAPS
 from ..models.cam import plot_map, resize_cam
 from ..plots import mark_sides
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #271a5c9e
+# %% ../../nbs/54a_deploy.overlays.ipynb #11560b4b
 def show_sides(
     ax:Axes, # with one image
     plane:str|None, # 'axial', 'coronal' or 'sagittal' in radiological view; None where the file doesn't say
@@ -42,11 +42,12 @@ def side_words(
 )->str: # for those who don't see the picture
     "What the marks say"
     if plane is None: return "right and left of the picture are unknown"
-    if plane not in PLANES: raise DecisionError(f"A plane must be one of {list(PLANES)} or None, got {plane!r}; correct it")
+    if plane not in PLANES:
+        raise DecisionError(f"A plane must be one of {list(PLANES)} or None, got {plane!r}; correct it")
     if plane == "sagittal": return "sagittal slice, the front is at the left of the picture"
     return f"{plane} slice, the patient's right is at the left of the picture"
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #ac6420d9
+# %% ../../nbs/54a_deploy.overlays.ipynb #74908636
 def explain_picture(
     package:Package, # whose network is explained
     image:np.ndarray, # `(H,W)` uint8 or uint16, or a tuple of neighbouring slices
@@ -58,14 +59,15 @@ def explain_picture(
     "Where in a picture the network finds a class"
     name = name or map_check(package)["name"]
     if name not in MAPS or label not in package.classes:
-        raise DecisionError(f"A map must be one of {list(MAPS)} and its class one of {package.classes}, got {name!r} and "
+        raise DecisionError(f"A map must be one of {list(MAPS)} and its class one of {package.classes}, got {name!r} "
+                            f"and "
                             f"{label!r}; correct it")
     x = torch.from_numpy(prepare(package, image))[None]
     heat = MAPS[name](model or package.model(), x, torch.tensor([package.classes.index(label)]))
     middle = image[len(image)//2] if isinstance(image, (tuple, list)) else image
     return resize_cam(heat.detach(), middle.shape)[0].numpy()
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #3d32daff
+# %% ../../nbs/54a_deploy.overlays.ipynb #67f2372d
 @dataclass(frozen=True, eq=False)
 class Overlay:
     "A picture with a finding, as pixels and in words"
@@ -97,7 +99,7 @@ def answer_words(
     if finding.state == "abstained": return f"model abstains: {best} ({sure}) is below its threshold"
     return {"stranger": "no class: unlike the pictures it knows", "unreadable": "no class: unreadable"}[finding.state]
 
-# %% ../../nbs/54a_deploy.overlays.ipynb #7514fdf6
+# %% ../../nbs/54a_deploy.overlays.ipynb #831cdf80
 def draw_overlay(
     grey:np.ndarray, # `(H,W)` grey of any range
     finding:Finding, # of that picture

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.pairs.html.md"""
 # %% auto #0
 __all__ = ['PairError', 'Match', 'Pair', 'match_pair', 'draw_pair']
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #7595231c
+# %% ../../nbs/54d_deploy.pairs.ipynb #6b7ae5d6
 import datetime
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -22,7 +22,7 @@ from .clinical import NOTICE, DecisionError, check_wording
 from .overlays import Overlay, _pixels, show_sides, side_words
 from .scan import Scan
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #84647367
+# %% ../../nbs/54d_deploy.pairs.ipynb #f5322fcd
 class PairError(DecisionError):
     "Two scans that can't be shown as a pair"
 
@@ -43,15 +43,16 @@ def _image(volume):
 
 
 def _coarse(image, mm=3.):
-    "The image with voxels of about `mm`, smoothed before"
+    "The image with voxels of `mm` or more, smoothed before"
     spacing, size = np.array(image.GetSpacing()), np.array(image.GetSize())
-    new = np.maximum(np.round(size*spacing/mm), 1).astype(int)
-    if size.min() < 5: raise PairError(f"A scan must have 5 slices or more to be registered, got {size.min()}; give volumes")
+    new = np.maximum(np.round(size*np.minimum(spacing/mm, 1)), 1).astype(int)
+    if size.min() < 5:
+        raise PairError(f"A scan must have 5 slices or more to be registered, got {size.min()}; give volumes")
     smooth, low = sitk.SmoothingRecursiveGaussian(image, [mm/2]*3), float(sitk.GetArrayViewFromImage(image).min())
     return sitk.Resample(smooth, new.tolist(), sitk.Transform(), sitk.sitkLinear, image.GetOrigin(),
                          (size*spacing/new).tolist(), image.GetDirection(), low, sitk.sitkFloat32)
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #421ea841
+# %% ../../nbs/54d_deploy.pairs.ipynb #cb2fe092
 def _rigid(fixed, moving):
     "Six numbers that lay one image on another"
     r = sitk.ImageRegistrationMethod()
@@ -66,7 +67,8 @@ def _rigid(fixed, moving):
     r.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     r.SetNumberOfThreads(1)
     moments = sitk.CenteredTransformInitializerFilter.MOMENTS
-    r.SetInitialTransform(sitk.CenteredTransformInitializer(fixed, moving, sitk.Euler3DTransform(), moments), inPlace=False)
+    r.SetInitialTransform(sitk.CenteredTransformInitializer(fixed, moving, sitk.Euler3DTransform(), moments),
+                          inPlace=False)
     return r.Execute(fixed, moving)
 
 
@@ -76,7 +78,7 @@ def _head(image):
     low = x.min()
     return x, x - low > .15*(np.percentile(x, 99) - low)
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #76b3fbd6
+# %% ../../nbs/54d_deploy.pairs.ipynb #8e8e6b29
 @dataclass(frozen=True)
 class Match:
     "How well two scans lie on each other"
@@ -89,13 +91,16 @@ class Match:
     @property
     def refusal(self)->str: # '' when the pair may be shown
         "Why the pair must not be shown"
-        if not self.overlap >= .7: return f"{self.overlap:.0%} of the first head lie in the second scan, 70 % are needed"
-        if not self.return_mm <= 2: return f"registered there and back points miss themselves by {self.return_mm:.1f} mm"
+        if not self.overlap >= .7:
+            return f"{self.overlap:.0%} of the first head lie in the second scan, 70 % are needed"
+        if not self.return_mm <= 2:
+            return f"registered there and back points miss themselves by {self.return_mm:.1f} mm"
         if not self.correlation >= .65:
-            return f"inside the head they correlate by {self.correlation:.2f}, 0.65 is needed: another head, or another contrast"
+            return (f"inside the head they correlate by {self.correlation:.2f}, 0.65 is needed: another head, or "
+                    "another contrast")
         return ""
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #4831f484
+# %% ../../nbs/54d_deploy.pairs.ipynb #2ad18b28
 def _measure(a, b, there, back):
     "The figures of a registration of two coarse images"
     x, head = _head(a)
@@ -123,20 +128,22 @@ class Pair:
     days:int|None=None # from the first to the second, where both files state a date
     doubts:tuple=() # sentences
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #1e01c1cb
+# %% ../../nbs/54d_deploy.pairs.ipynb #16144fb3
 def _same_person(first, second):
     "Refuse two scans whose headers name different people; doubts where they name nobody"
     who = [(str(s.headers[0].get("IssuerOfPatientID") or ""), str(s.headers[0].get("PatientID") or "")) if s.headers
            else ("", "") for s in (first, second)]
     if all(w[1] for w in who):
-        if who[0] != who[1]: raise PairError("Two scans of a pair must be of one person, their headers name two; check them")
+        if who[0] != who[1]:
+            raise PairError("Two scans of a pair must be of one person, their headers name two; check them")
         return ()
     return ("the files don't say whether both scans are of one person",)
 
 
 def _days(first, second):
     "Days between the studies where both headers state a date"
-    try: a, b = [datetime.datetime.strptime(str(s.headers[0].get("StudyDate") or ""), "%Y%m%d") for s in (first, second)]
+    try: a, b = [datetime.datetime.strptime(str(s.headers[0].get("StudyDate") or ""), "%Y%m%d") for s in (first,
+                                                                                                          second)]
     except (IndexError, ValueError): return None
     return (b - a).days
 
@@ -147,23 +154,27 @@ def _same_grey(x, y, head):
     if not b2 > b0: raise PairError("A scan must show tissue to be compared, the second is flat; see what was sent")
     return (y - b1)*((a2 - a0)/(b2 - b0)) + a1
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #b7984112
+# %% ../../nbs/54d_deploy.pairs.ipynb #653e14c4
 def match_pair(
     first:Scan, # the earlier scan, a volume
     second:Scan, # the later one
 )->Pair: # ready to be shown
     "Lay the second scan on the first, or say why they can't be matched"
     if first.volume is None or second.volume is None:
-        raise PairError("Two scans of a pair must be volumes, a picture has no place in space; give NIfTI or a DICOM series")
+        raise PairError("Two scans of a pair must be volumes, a picture has no place in space; give NIfTI or a DICOM "
+                        "series")
     lost = [d for s in (first, second) for d in s.volume.doubts if "spacing" in d]
-    if lost: raise PairError(f"A scan must have its true spacing to be registered rigidly, but {lost[0]}; give a copy that has")
+    if lost:
+        raise PairError(f"A scan must have its true spacing to be registered rigidly, but {lost[0]}; give a copy "
+                        f"that has")
     doubts, (a, b) = _same_person(first, second), [_image(s.volume) for s in (first, second)]
     small, other = _coarse(a), _coarse(b)
     try: there, back = _rigid(small, other), _rigid(other, small)
     except RuntimeError:
         raise PairError("Two scans must overlap to be registered, these don't; check that both show a head") from None
     match = _measure(small, other, there, back)
-    if match.refusal: raise PairError(f"Two scans must show one head to be compared, but {match.refusal}; look at them apart")
+    if match.refusal:
+        raise PairError(f"Two scans must show one head to be compared, but {match.refusal}; look at them apart")
     y = sitk.GetArrayFromImage(sitk.Resample(b, a, there, sitk.sitkLinear, -1e9)).transpose(2, 1, 0)
     x, inside = first.volume.data, y > -1e8
     head = _head(a)[1].transpose(2, 1, 0) & inside
@@ -171,7 +182,7 @@ def match_pair(
     later = make_volume(grey, first.volume.affine, source=second.format)
     return Pair(first.volume, later, inside, match, _days(first, second), (*doubts, *first.doubts, *second.doubts))
 
-# %% ../../nbs/54d_deploy.pairs.ipynb #0288a4d9
+# %% ../../nbs/54d_deploy.pairs.ipynb #6a7f608f
 def _text(pair, where):
     "The lines below the pictures"
     m = pair.match
@@ -217,6 +228,7 @@ def draw_pair(
         show_sides(ax, plane)
         if k == 2: [t.set_color("black") for t in ax.texts]
     lines = [w for text in _text(pair, where) for w in wrap(text, 150)]
-    for k, text in enumerate(lines): fig.text(.01, (.66 - .16*k)/fig.get_figheight(), text, color="white", fontsize=7, va="top")
+    for k, text in enumerate(lines): fig.text(.01, (.66 - .16*k)/fig.get_figheight(), text, color="white", fontsize=7,
+                                              va="top")
     words = f"{side_words(plane)}; first, second on its grid, and their difference; {'; '.join(_text(pair, where))}"
     return Overlay(_pixels(fig), check_wording(words))

@@ -8,7 +8,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.scan.html.md"""
 __all__ = ['SCAN_KINDS', 'RULE', 'ScanError', 'Limits', 'Scan', 'read_scan', 'Cut', 'cut_slices', 'Answer', 'join', 'Look',
            'Study', 'model_facts', 'process_scan']
 
-# %% ../../nbs/54b_deploy.scan.ipynb #d2f230e4
+# %% ../../nbs/54b_deploy.scan.ipynb #9e9efe62
 import hashlib
 import io
 import zipfile
@@ -30,7 +30,7 @@ from .clinical import DecisionError, Finding, Rules, decide, map_check
 from .overlays import Overlay, draw_overlay, explain_picture
 from .package import RUNTIMES, Package
 
-# %% ../../nbs/54b_deploy.scan.ipynb #830a25d0
+# %% ../../nbs/54b_deploy.scan.ipynb #20c916fc
 SCAN_KINDS = {
     "missing": "nothing at this path",
     "empty": "no picture and no volume inside",
@@ -59,7 +59,7 @@ class Limits:
     megavoxels:float=256. # of a volume
     megapixels:float=64. # of a picture
 
-# %% ../../nbs/54b_deploy.scan.ipynb #6cfd9987
+# %% ../../nbs/54b_deploy.scan.ipynb #37bb2bef
 def _unzip(data, limits):
     "The files of an archive, in memory; hidden ones are left out"
     try:
@@ -68,10 +68,12 @@ def _unzip(data, limits):
                      and not i.filename.rpartition("/")[2].startswith(".")]
             total = sum(i.file_size for i in items)
             if len(items) > limits.files or total > limits.unpacked_megabytes*1e6:
-                raise ScanError(f"An archive may hold {limits.files} files and {limits.unpacked_megabytes:g} MB, this has "
+                raise ScanError(f"An archive may hold {limits.files} files and {limits.unpacked_megabytes:g} MB, "
+                                f"this has "
                                 f"{len(items)} and {total/1e6:.0f} MB; send one series", "too_large")
             if any(i.file_size > limits.ratio*max(i.compress_size, 1000) for i in items):
-                raise ScanError(f"A file may unpack to {limits.ratio:g} times its size, one of these goes beyond; send it "
+                raise ScanError(f"A file may unpack to {limits.ratio:g} times its size, one of these goes beyond; "
+                                f"send it "
                                 "otherwise", "too_large")
             if any(i.flag_bits & 1 for i in items):
                 raise ScanError("An archive must open without a password, this one asks for it; send it unlocked")
@@ -86,7 +88,7 @@ def _member(z, item):
     if len(data) != item.file_size: raise ScanError("A file must be as long as its archive says; send it again")
     return data
 
-# %% ../../nbs/54b_deploy.scan.ipynb #e0c2707f
+# %% ../../nbs/54b_deploy.scan.ipynb #8dd86d7f
 def _kind(head):
     "'picture', 'dicom', 'volume' or '' from the first bytes"
     name = sniff(head)
@@ -100,11 +102,14 @@ def _files(source, limits):
     if isinstance(source, (bytes, bytearray)): parts = [bytes(source)]
     else:
         path = Path(source)
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
-        if not path.exists() or not found: raise ScanError("A scan must be a file or a folder with files; check the path",
+        found = [path]
+        if path.is_dir(): found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if not path.exists() or not found:
+            raise ScanError("A scan must be a file or a folder with files; check the path",
                                                            "missing")
         if len(found) > limits.files or sum(p.stat().st_size for p in found) > limits.megabytes*1e6:
-            raise ScanError(f"A scan may have {limits.files} files and {limits.megabytes:g} MB, this has {len(found)} files; "
+            raise ScanError(f"A scan may have {limits.files} files and {limits.megabytes:g} MB, this has "
+                            f"{len(found)} files; "
                             "give the folder of one series", "too_large")
         try: parts = [p.read_bytes() for p in found]
         except OSError as e: raise ScanError(f"A scan must be readable, got {e.strerror}; check its permissions",
@@ -112,10 +117,11 @@ def _files(source, limits):
     if sum(map(len, parts)) > limits.megabytes*1e6:
         raise ScanError(f"A scan may have {limits.megabytes:g} MB, this has more; send one series", "too_large")
     if len(parts) == 1 and sniff(parts[0][:352]) == "zip": parts = _unzip(parts[0], limits)
-    if any(sniff(p[:352]) == "zip" for p in parts): raise ScanError("An archive must not lie in another; unpack it first")
+    if any(sniff(p[:352]) == "zip" for p in parts):
+        raise ScanError("An archive must not lie in another; unpack it first")
     return parts
 
-# %% ../../nbs/54b_deploy.scan.ipynb #651e04ea
+# %% ../../nbs/54b_deploy.scan.ipynb #15c1c9e0
 @dataclass(frozen=True, eq=False)
 class Scan:
     "What was read: one picture, or one volume with a place"
@@ -137,7 +143,8 @@ def _only(parts, series):
     "The files of the one thing that a scan holds, and how many others there are"
     kinds = [_kind(p[:352]) for p in parts]
     some = Counter(k for k in kinds if k)
-    if not some: raise ScanError("A scan must hold a picture, a NIfTI volume or a DICOM series, this holds none; see what "
+    if not some:
+        raise ScanError("A scan must hold a picture, a NIfTI volume or a DICOM series, this holds none; see what "
                                  "was sent", "empty")
     if len(some) > 1 or (kinds.count("dicom") == 0 and sum(some.values()) > 1):
         raise ScanError(f"A scan must be one picture, one volume or one series, got {dict(some)}; send one", "mixed")
@@ -154,7 +161,7 @@ def _only(parts, series):
     if not chosen: raise ScanError(f"A series of pictures must be there, got {sorted(groups)[:8]}; choose one", "empty")
     return kind, chosen, len(parts) - len(chosen)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #58939b6e
+# %% ../../nbs/54b_deploy.scan.ipynb #b1adcc11
 def _dicom(parts, limits):
     "A DICOM series as a volume, or its only frame as a picture"
     headers = tuple(read_dataset(p, header_only=True) for p in parts)
@@ -189,7 +196,7 @@ def read_scan(
     left = (f"{others} other files were left out",) if others else ()
     return Scan(scan.format, scan.grey, scan.volume, (*scan.doubts, *left), scan.headers)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #b5baee7d
+# %% ../../nbs/54b_deploy.scan.ipynb #730a256b
 @dataclass(frozen=True, eq=False)
 class Cut:
     "One slice as a picture"
@@ -213,7 +220,8 @@ def cut_slices(
 )->list[Cut]: # from below to above
     "Pictures of a volume as in training"
     volume, across = scan.volume, PLANES.get(plane)
-    if across is None: raise ScanError(f"A plane must be one of {list(PLANES)}, got {plane!r}; correct it", "unsupported")
+    if across is None:
+        raise ScanError(f"A plane must be one of {list(PLANES)}, got {plane!r}; correct it", "unsupported")
     (scale, low), last, near = grey_scale(volume), volume.shape[across] - 1, neighbours//2
     there = _spread(_filled(volume, plane).tolist(), n)
     if not there: raise ScanError("A volume must show something, this one is blank; see what was sent", "empty")
@@ -221,13 +229,16 @@ def cut_slices(
     for k in there:
         stack = [min(max(i, 0), last) for i in range(k - near, k + near + 1)]
         parts = list(slices_of(volume, plane, indices=stack))
-        greys = tuple(np.clip(np.rint((p.image.astype(np.float64) - low)/scale), 0, 65535).astype(np.uint16) for p in parts)
+        greys = tuple(np.clip(np.rint((p.image.astype(np.float64) - low)/scale), 0,
+                              65535).astype(np.uint16) for p in parts)
         made.append(Cut(f"{plane} {k}", k, parts[near].mm, parts[near].pixel_mm, greys if near else greys[0]))
     return made
 
-# %% ../../nbs/54b_deploy.scan.ipynb #dde5132e
-RULE = ("A class other than no_tumor is named when two neighbouring slices of those looked at name it and no slice names a "
-        "third class; no_tumor when every slice with an answer says so and at least half of the slices have one; otherwise "
+# %% ../../nbs/54b_deploy.scan.ipynb #f4726f23
+RULE = ("A class other than no_tumor is named when two neighbouring slices of those looked at name it and no slice "
+        "names a "
+        "third class; no_tumor when every slice with an answer says so and at least half of the slices have one; "
+        "otherwise "
         "the volume is left open.")
 
 
@@ -258,7 +269,7 @@ def join(
     why.append("the answer of a volume is put together from slices: how often it is wrong was not measured")
     return Answer(label, counts, tuple(why))
 
-# %% ../../nbs/54b_deploy.scan.ipynb #c42989d3
+# %% ../../nbs/54b_deploy.scan.ipynb #da01f3cb
 @dataclass(frozen=True, eq=False)
 class Look:
     "One picture that was looked at"
@@ -296,9 +307,10 @@ def model_facts(
     return dict(architecture=i["architecture"]["name"], classes=package.classes, runtime=runtime,
                 network_sha256=hashes[RUNTIMES[runtime]], weights_sha256=hashes["model.safetensors"],
                 decision_sha256=hashes.get("decision.json", ""), certificate_sha256=i.get("certificate_sha256", ""),
-                run=i.get("run_hash", ""), synthetic=i["synthetic"], published=i["published"], phoenix=phoenix.__version__)
+                run=i.get("run_hash", ""), synthetic=i["synthetic"], published=i["published"],
+                phoenix=phoenix.__version__)
 
-# %% ../../nbs/54b_deploy.scan.ipynb #ced955e7
+# %% ../../nbs/54b_deploy.scan.ipynb #36dad6f0
 def _most(findings, label, n):
     "Indices of the pictures to show, in order: those with the highest probability of the class"
     sure = [f.probs.get(label, 0.) if label else max(f.probs.values(), default=0.) for f in findings]
@@ -311,7 +323,7 @@ def _overlay(package, cut, finding, plane, explain, model):
     heat = explain_picture(package, cut.image, best, model=model) if explain and best else None
     return draw_overlay(cut.grey, finding, plane=plane, heat=heat, stamp=map_check(package)["stamp"])
 
-# %% ../../nbs/54b_deploy.scan.ipynb #46f96378
+# %% ../../nbs/54b_deploy.scan.ipynb #17a611fb
 def process_scan(
     path:str|Path|bytes, # PNG, JPEG, TIFF, BMP, NIfTI, DICOM file, folder with a series, or a zip; or a file's bytes
     package:Package, # with a certified network
@@ -333,9 +345,11 @@ def process_scan(
         if 1 in scan.volume.shape: plane = [p for p, a in PLANES.items() if scan.volume.shape[a] == 1][0]
         cuts, total = cut_slices(scan, plane, n, k), scan.volume.shape[PLANES[plane]]
     else: cuts, total, plane = [Cut("picture", 0, None, None, tuple([scan.grey]*k) if k > 1 else scan.grey)], 1, None
-    found = decide(package, [c.image for c in cuts], runtime, rules=rules, names=[c.name for c in cuts], threads=threads)
+    found = decide(package, [c.image for c in cuts], runtime, rules=rules, names=[c.name for c in cuts],
+                   threads=threads)
     alone = len(cuts) == 1
-    answer = Answer(found[0].label, {found[0].label or found[0].state: 1}, found[0].reasons, "") if alone else join(found)
+    answer = Answer(found[0].label, {found[0].label or found[0].state: 1}, found[0].reasons,
+                    "") if alone else join(found)
     picked, model = _most(found, answer.label, show), package.model() if explain and show else None
     looks = tuple(Look(c, f, _overlay(package, c, f, plane, explain, model) if i in picked else None)
                   for i, (c, f) in enumerate(zip(cuts, found)))
