@@ -8,7 +8,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
            'watch', 'evaluate', 'cross_validation', 'compare_networks', 'report_models', 'parameter_search', 'export',
-           'quantize', 'qat', 'bench', 'predict', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify']
+           'quantize', 'qat', 'bench', 'predict', 'calibrate', 'scan', 'pair', 'run', 'verify', 'vault_seal',
+           'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -896,6 +897,78 @@ def predict(
     data = [dict(image=str(a.path), label=a.label, abstained=a.abstained, reason=a.reason, probs=a.probs)
             for a in answers]
     return Reply(dict(answers=data, runtime=runtime), lines(rows))
+
+# %% ../nbs/91_cli.ipynb #69f96f4e
+@command(app, "calibrate", "phoenix calibrate runs/train-…/model data/raw/phantom split.json --runtime fp32")
+def calibrate(
+    model:Path, # model folder; decision.json is added
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    runtime:str="int8", # 'int8' or 'fp32': each answers a little differently
+    alpha:float=.1, # share of truths that sets may miss
+    strangers:str="mahalanobis", # how strangers are told: 'mahalanobis', 'energy' or 'none'
+    maps:int=0, # validation pictures on which the explanation map is tested; 0 = it stays stamped UNTESTED
+)->Reply: # temperature, threshold of sets, limit of strangers
+    "Fit temperature, sets and strangers on the validation part, into the model folder"
+    from phoenix.deploy.clinical import check_package_map, fit_decision, save_decision
+    from phoenix.deploy.package import load_package
+    package, rows = load_package(model), _part(folder, certificate, "valid")
+    made = fit_decision(package, _files(package, folder, rows), _targets(package, rows), list(rows.group), runtime,
+                        alpha=alpha, strangers=strangers)
+    few = rows.iloc[:maps]
+    check = check_package_map(package, _files(package, folder, few), list(few.group)) if maps else None
+    save_decision(package, made, check)
+    facts = dict(pictures=made.fold["pictures"], groups=made.fold["groups"],
+                 temperature=made.calibration["temperature"],
+                 ece_before=made.calibration["ece_before"], ece_after=made.calibration["ece_after"], alpha=alpha,
+                 set_threshold=made.sets["thresholds"][0], stranger_limit=(made.strangers or {}).get("limit"),
+                 map="UNTESTED" if check is None else check.stamp or "passed")
+    return Reply(facts, lines([dict(what=k, value=str(v)) for k, v in facts.items()]))
+
+# %% ../nbs/91_cli.ipynb #036a516c
+@command(app, "scan", "phoenix scan head.nii.gz runs/train-…/model --out reports --format json,html,sr,sc,fhir")
+def scan(
+    path:Path, # PNG, JPEG, NIfTI, DICOM file, folder with a series, or a zip of one
+    model:Path, # model folder
+    out:Path=Path("reports"), # folder of the reports; files are named by a hash of the pixels
+    format:str="json,html", # of json, html, sr, sc, fhir; with commas
+    runtime:str="int8", # 'int8' or 'fp32'
+    plane:str="axial", # of the slices of a volume
+    slices:int=15, # at most, evenly spaced
+    series:str="", # key of the series, where there are several
+    maps:bool=True, # with a map of the class
+)->Reply: # finding of each slice, the answer of the whole, the files
+    "From a scan to reports, for decision support; research use only"
+    from phoenix.deploy.objects import save_reports, to_json
+    from phoenix.deploy.overlays import answer_words
+    from phoenix.deploy.package import load_package
+    from phoenix.deploy.scan import process_scan
+    study = process_scan(path, load_package(model), runtime, plane=plane, n=slices, series=series or None, explain=maps)
+    files = save_reports(study, out, [f.strip() for f in format.split(",") if f.strip()])
+    data = to_json(study)
+    rows = [dict(slice=x.finding.name, answer=answer_words(x.finding), review=x.finding.review) for x in study.looks]
+    said = [f"answer  {study.answer.label or 'none'}", *study.answer.reasons, data["notice"], *map(str, files)]
+    return Reply(data | dict(files=[str(f) for f in files]), f"{lines(rows)}\n\n" + "\n".join(said))
+
+# %% ../nbs/91_cli.ipynb #5a0b3fa7
+@command(app, "pair", "phoenix pair earlier.nii.gz later.nii.gz pair.png")
+def pair(
+    first:Path, # the earlier scan, a volume
+    second:Path, # the later one
+    picture:Path, # PNG to write
+    plane:str="axial", # of the slice
+    index:int=-1, # slice of the first scan; the one that differs most when negative
+)->Reply: # what is to be seen, and how well the scans lie on each other
+    "Lay two scans of one head on each other and show a slice with its difference"
+    from dataclasses import asdict
+    from phoenix.deploy.pairs import draw_pair, match_pair
+    from phoenix.deploy.scan import read_scan
+    from phoenix.records import write_bytes
+    found = match_pair(read_scan(first), read_scan(second))
+    shown = draw_pair(found, plane, None if index < 0 else index)
+    write_bytes(picture, shown.png)
+    return Reply(dict(words=shown.words, picture=str(picture), days=found.days, **asdict(found.match)),
+                 f"{shown.words}\n{picture}")
 
 # %% ../nbs/91_cli.ipynb #dfc9a93c
 @command(app, "run", "phoenix run 01_quickstart -p epochs=2")
