@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..settings import PhoenixError
 
-# %% ../../nbs/56b_deploy.door.ipynb #953536c4
+# %% ../../nbs/56b_deploy.door.ipynb #b569137e
 @dataclass(frozen=True)
 class DoorLimits:
     "What a connection and a request may cost before any work"
@@ -31,7 +31,7 @@ class DoorLimits:
     keep_alive_s:float=10. # of silence between two requests
     connections:int=1024 # open at once
 
-
+# %% ../../nbs/56b_deploy.door.ipynb #bff6ee43
 class Refusal(PhoenixError):
     "An answer other than the one that was asked for"
     def __init__(self,
@@ -51,7 +51,7 @@ def busy(
     return Refusal(429, "there must be room for a request, the queue is full: come again after Retry-After seconds",
                    "full", {"Retry-After": str(max(1, round(seconds + .5)))})
 
-# %% ../../nbs/56b_deploy.door.ipynb #fb832db6
+# %% ../../nbs/56b_deploy.door.ipynb #e5fd1f6f
 def _turn_away(transport, status, why, extra=""):
     "Answer before there is a request, and close"
     body = json.dumps({"error": {"status": status, "kind": "head", "message": why}})
@@ -59,7 +59,7 @@ def _turn_away(transport, status, why, extra=""):
                      f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}").encode())
     transport.close()
 
-
+# %% ../../nbs/56b_deploy.door.ipynb #df4055a0
 def door_protocol(
     limits:DoorLimits, # of connections and heads
 )->type: # for `uvicorn.Config(http=…)`
@@ -141,10 +141,10 @@ def _check_room(house, access):
                       house.state, {"Retry-After": "2"})
     if (seconds := house.full()) is not None: raise busy(seconds)
 
-# %% ../../nbs/56b_deploy.door.ipynb #f9afa60c
+# %% ../../nbs/56b_deploy.door.ipynb #be20ec38
 def _declared(headers, access, limits):
     "The length that a body may have by its headers, after a look at its type"
-    if not access.types: return 64*1024
+    if not access.types: return 64*1024 if headers.keys() & {"content-length", "transfer-encoding"} else 0
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in access.types:
         raise Refusal(415, f"a body must be {', '.join(access.types)}, got {kind or 'none'}: set Content-Type", "type")
@@ -157,7 +157,7 @@ def _declared(headers, access, limits):
                       "less", "too_large", {"Connection": "close"})
     return cap if said is None else int(said)
 
-
+# %% ../../nbs/56b_deploy.door.ipynb #0c8513ef
 async def _body(receive, cap, asked):
     "The whole body, or a refusal when it is longer than allowed"
     parts = []
@@ -172,7 +172,7 @@ async def _body(receive, cap, asked):
         asked.whole = not message.get("more_body")
         if asked.whole: return b"".join(parts)
 
-# %% ../../nbs/56b_deploy.door.ipynb #b78889b3
+# %% ../../nbs/56b_deploy.door.ipynb #b7abebc0
 async def _read(house, headers, access, receive, asked):
     "The body within its limits, and how many bytes of the budget it holds"
     cap = _declared(headers, access, house.limits)
@@ -188,7 +188,7 @@ async def _read(house, headers, access, receive, asked):
         house.reading -= cap
         raise
 
-
+# %% ../../nbs/56b_deploy.door.ipynb #bbda220f
 async def _run(app, scope, body, receive, send, asked):
     "The application on a body that is there; cancelled when the caller hangs up"
     given = False
@@ -260,7 +260,7 @@ class Door:
         elif scope["type"] == "lifespan": await self.app(scope, receive, send)
         else: await send({"type": "websocket.close", "code": 1008})
 
-# %% ../../nbs/56b_deploy.door.ipynb #af818365
+# %% ../../nbs/56b_deploy.door.ipynb #5487217c
 _ONCE = ("content-length", "authorization", "x-api-key", "content-type")
 
 
@@ -274,7 +274,7 @@ def _headers(scope):
         out[name] = text
     return out
 
-
+# %% ../../nbs/56b_deploy.door.ipynb #374071bf
 @patch
 async def _meet(self:Door, scope, receive, send):
     "One request from its headers to the end of its answer"

@@ -8,7 +8,8 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.engine.html.md"""
 __all__ = ['UploadLimits', 'upload_kind', 'UploadError', 'unpack', 'greys_of', 'decode_upload', 'make_decoder', 'Served',
            'as_input', 'make_model', 'explain_picture', 'make_explainer', 'EngineOptions', 'Engine', 'stack_of']
 
-# %% ../../nbs/56a_deploy.engine.ipynb #ada8f245
+# %% ../../nbs/56a_deploy.engine.ipynb #82b6b0a0
+import gzip
 import io
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ from fastcore.basics import patch
 from .worker import WorkOptions, Workers, allow_cpu, shut_in
 from ..settings import PhoenixError
 
-# %% ../../nbs/56a_deploy.engine.ipynb #f933a32d
+# %% ../../nbs/56a_deploy.engine.ipynb #32e383f2
 @dataclass(frozen=True)
 class UploadLimits:
     "What one upload may hold, and what decoding it may take"
@@ -37,7 +38,7 @@ class UploadLimits:
     memory_mb:int=1024 # of the decoder beyond its start
     cpu_s:float=10. # of the decoder for one upload
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #766a621b
 def upload_kind(
     data:bytes, # an upload, or its beginning
 )->str: # 'picture', 'nifti', 'dicom', 'zip', 'gzip', or '' when it is none of these
@@ -46,7 +47,7 @@ def upload_kind(
     name = sniff(bytes(data[:400]))
     return "picture" if name in FORMATS else name.lower() if name in ("NIfTI", "DICOM", "zip", "gzip") else ""
 
-# %% ../../nbs/56a_deploy.engine.ipynb #dc7efb35
+# %% ../../nbs/56a_deploy.engine.ipynb #4055fd79
 class UploadError(PhoenixError):
     "An upload that gives no pictures; `kind` is the short name of the reason"
     def __init__(self,
@@ -56,7 +57,7 @@ class UploadError(PhoenixError):
         super().__init__(message)
         self.kind = kind
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #fff6c829
 def unpack(
     data:bytes, # a zip archive
     limits:UploadLimits, # counts and sizes
@@ -130,7 +131,7 @@ def greys_of(
     greys = [read_pixels(f, max_megapixels=limits.megapixels).grey for f in files]
     return [(greys[i:i + slices], {}) for i in range(0, len(greys), slices)]
 
-# %% ../../nbs/56a_deploy.engine.ipynb #0fb4acec
+# %% ../../nbs/56a_deploy.engine.ipynb #4ef906ca
 def decode_upload(
     data:bytes, # an upload
     want:dict, # preprocess, slices and pictures, as `Served.want` says
@@ -142,7 +143,7 @@ def decode_upload(
     made = greys_of(data, limits, slices=want["slices"], pictures=want["pictures"])
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #2603cade
 def _decoded(item, data, limits):
     "One upload decoded, or the text of its refusal"
     allow_cpu(limits.cpu_s)
@@ -152,21 +153,50 @@ def _decoded(item, data, limits):
     except PhoenixError as e: return {"error": str(e), "kind": getattr(e, "kind", "refused")}, b""
     return {"shape": stack.shape, "about": about}, stack.tobytes()
 
-# %% ../../nbs/56a_deploy.engine.ipynb #5f264b06
-def _warm_up():
-    "Import what decoding needs while files can still be opened"
+# %% ../../nbs/56a_deploy.engine.ipynb #a745f5ac
+def _example_dicom(grey):
+    "A picture as a DICOM file"
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.SeriesInstanceUID, ds.Modality, ds.PhotometricInterpretation = generate_uid(), "MR", "MONOCHROME2"
+    ds.Rows, ds.Columns = grey.shape
+    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, 8, 8, 7, 0
+    ds.PixelSpacing, ds.ImageOrientationPatient, ds.ImagePositionPatient = [1, 1], [1, 0, 0, 0, 1, 0], [0, 0, 0]
+    ds.SliceThickness, ds.PixelData = 1, grey.tobytes()
+    out = io.BytesIO()
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+# %% ../../nbs/56a_deploy.engine.ipynb #2fdb248c
+def _examples():
+    "One upload of each kind"
     from importlib.util import find_spec
-    import cv2, nibabel, PIL.BmpImagePlugin, PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.TiffImagePlugin # noqa: F401
+    from nibabel import Nifti1Image
     from PIL import Image
-    import phoenix.data.preprocess, phoenix.data.slices # noqa: F401
-    cv2.setNumThreads(1)
-    if find_spec("pydicom"): import pydicom.pixels, pydicom.pixels.decoders # noqa: F401
-    ramp = np.arange(64*64, dtype=np.uint8).reshape(64, 64)
-    want = {"preprocess": phoenix.data.preprocess.Preprocess().spec(), "slices": 1, "pictures": 1}
+    ramp = np.arange(64*64).astype(np.uint8).reshape(64, 64)
     for format in ("PNG", "JPEG", "TIFF", "BMP"):
         out = io.BytesIO()
         Image.fromarray(ramp).save(out, format)
-        decode_upload(out.getvalue(), want, UploadLimits())
+        yield out.getvalue()
+    nifti = gzip.compress(Nifti1Image(np.stack([ramp]*3, 2).astype(np.int16), np.eye(4)).to_bytes())
+    for data in (nifti, *([_example_dicom(ramp)] if find_spec("pydicom") else [])):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a", data)
+        yield out.getvalue()
+
+# %% ../../nbs/56a_deploy.engine.ipynb #7c7c4d3d
+def _warm_up():
+    "Import what decoding needs while files can still be opened"
+    import cv2
+    from phoenix.data.preprocess import Preprocess
+    cv2.setNumThreads(1)
+    want = {"preprocess": Preprocess(size=(32, 32)).spec(), "slices": 1, "pictures": 1}
+    for data in _examples(): decode_upload(data, want, UploadLimits())
 
 
 def make_decoder(
@@ -255,7 +285,7 @@ def make_model(
     for key in setup["keys"]: opened(key)
     return infer
 
-# %% ../../nbs/56a_deploy.engine.ipynb #19d21df4
+# %% ../../nbs/56a_deploy.engine.ipynb #6ef6f08e
 def _overlay(grey, heat, stamp):
     "A picture with its map in colour and the stamp across, as PNG"
     import cv2
@@ -268,7 +298,7 @@ def _overlay(grey, heat, stamp):
             cv2.putText(out, line.strip(), (12, 36 + 32*n), cv2.FONT_HERSHEY_SIMPLEX, .9, colour, width, cv2.LINE_AA)
     return cv2.imencode(".png", out)[1].tobytes()
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #74d8da15
 def explain_picture(
     net:Any, # a `torch.nn.Module` in evaluation mode
     x:Any, # `(1,C,H,W)` tensor in [0, 1]
@@ -308,14 +338,14 @@ def make_explainer(
         except PhoenixError as e: return {"error": str(e), "kind": getattr(e, "kind", "refused")}, b""
     return lambda key, items, parts: [one(key, i, p) for i, p in zip(items, parts)]
 
-# %% ../../nbs/56a_deploy.engine.ipynb #1a7f3234
+# %% ../../nbs/56a_deploy.engine.ipynb #d7b2a999
 @dataclass(frozen=True)
 class EngineOptions:
     "How the children work"
     threads:int=1 # of the model process
     batch:int=8 # most pictures in one run of the network
     delay_ms:float=4. # how long a picture waits for others
-    queue:int=64 # most pictures that wait or are worked on
+    queue:int=256 # most pictures that wait or are worked on
     decoders:int=1 # decoding children
     limit_s:float=20. # most time for one batch, or for decoding one upload
     limits:UploadLimits=field(default_factory=UploadLimits) # of uploads

@@ -88,7 +88,7 @@ def receive_frame(
     ends = [n + sum(sizes[:k + 1]) for k in range(len(sizes))]
     return head, [body[e - s:e] for s, e in zip(sizes, ends)]
 
-# %% ../../nbs/56_deploy.worker.ipynb #99a15ab3
+# %% ../../nbs/56_deploy.worker.ipynb #412e6f56
 def shut_in(
     memory_mb:int=1024, # address space beyond what is mapped now
 )->None:
@@ -100,7 +100,7 @@ def shut_in(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #a5db5a33
 def allow_cpu(
     seconds:float, # of processor time from now on
 )->None:
@@ -109,7 +109,7 @@ def allow_cpu(
     limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
-# %% ../../nbs/56_deploy.worker.ipynb #5fc7c8ed
+# %% ../../nbs/56_deploy.worker.ipynb #aee6c03f
 def _die_with_parent():
     "Ask the kernel to kill this process when its parent is gone (Linux)"
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -120,7 +120,7 @@ def _entry(name):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #02b9eb6f
 def child_main(
     fd:int, # of the socket shared with the parent
 )->None:
@@ -140,7 +140,7 @@ def child_main(
                 send_frame(sock, {"items": [h for h, _ in said]}, [p for _, p in said])
         except EOFError: return
 
-# %% ../../nbs/56_deploy.worker.ipynb #f8564e57
+# %% ../../nbs/56_deploy.worker.ipynb #d7c93bec
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
 
 
@@ -154,7 +154,7 @@ def child_environment(
     known = [p for p in (*path, *sys.path) if p]
     return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(known))}
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #540a6545
 class Child:
     "One running child and the socket to it"
     def __init__(self,
@@ -242,7 +242,7 @@ class Workers:
         "Requests that wait for a child"
         return len(self.waiting) + len(self.suspects)
 
-# %% ../../nbs/56_deploy.worker.ipynb #cda499c5
+# %% ../../nbs/56_deploy.worker.ipynb #2ce675fd
 @patch
 def submit(self:Workers,
     key:str, # jobs of the same key share a batch
@@ -262,13 +262,13 @@ def submit(self:Workers,
         self.cond.notify()
     return job.future
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #124d2cc8
 @patch
 def _release(self:Workers, future):
     "One request less is held"
     with self.cond: self.held -= 1
 
-# %% ../../nbs/56_deploy.worker.ipynb #53aa0d87
+# %% ../../nbs/56_deploy.worker.ipynb #3f0dfcde
 def _settle(job, result=None, error=None):
     "Answer a job, unless its caller has gone"
     try: job.future.set_exception(error) if error else job.future.set_result(result)
@@ -285,7 +285,7 @@ def _drop_stale(self:Workers):
         gone += stale
     return gone
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #3ff72ca9
 @patch
 def _next_batch(self:Workers, busy):
     "Jobs that can go to a child now; empty when it is better to wait"
@@ -377,7 +377,7 @@ def _tend(self:Workers, slot, started):
             self.children.pop(slot, None)
             child.end(0 if self.depth else 2)
 
-# %% ../../nbs/56_deploy.worker.ipynb #79bf5481
+# %% ../../nbs/56_deploy.worker.ipynb #263110d4
 @patch
 def start(self:Workers)->Workers: # itself
     "Start the children and wait for the first sign of each; raises what keeps them from starting"
@@ -392,7 +392,7 @@ def start(self:Workers)->Workers: # itself
         raise WorkError(self.trouble, "start")
     return self
 
-
+# %% ../../nbs/56_deploy.worker.ipynb #6f1266a5
 @patch
 def close(self:Workers,
     drain_s:float=30., # time for the work that was accepted
