@@ -66,15 +66,14 @@ def test_an_answer_by_keyboard(page, server, tmp_path):
 
 
 def test_refusals_are_said(page, server, tmp_path):
-    page.get_by_role("button").click()
     page.get_by_label("API key").fill("wrong")
     choose(page, tmp_path, picture())
-    page.get_by_role("button").click()
+    page.locator("#go").click()
     page.wait_for_selector(".bad")
     assert "Refused (401)" in page.locator("#out").inner_text() and "Refused" in page.get_by_role("status").inner_text()
     page.get_by_label("API key").fill(server.key)
     choose(page, tmp_path, b"<script>document.title='x'</script>")
-    page.get_by_role("button").click()
+    page.locator("#go").click()
     page.wait_for_function("document.getElementById('out').innerText.includes('415')")
     assert page.title() == "phoenix: classify an image"
 

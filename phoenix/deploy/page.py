@@ -12,7 +12,7 @@ import base64
 import hashlib
 from functools import cache
 
-# %% ../../nbs/56c_deploy.page.ipynb #1b723fd1
+# %% ../../nbs/56c_deploy.page.ipynb #b3786bc5
 _STYLE = """
 :root{color-scheme:light dark;--ink:#16202a;--paper:#fff;--soft:#eef1f4;--line:#5f6b76;--go:#0b57a4;--warn:#8a3b00}
 @media(prefers-color-scheme:dark){
@@ -28,8 +28,9 @@ border-radius:.4rem;padding:.5rem}input[type=file]{display:block;width:100%;marg
 button{background:var(--go);color:var(--paper);border:0;font-weight:600;
 padding:.7rem 1.2rem;justify-self:start;min-height:2.75rem}
 button:disabled{opacity:.6}:focus-visible{outline:3px solid var(--go);outline-offset:2px}
-.row{display:flex;gap:1rem;flex-wrap:wrap;
-align-items:center}table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.25rem .5rem .25rem 0}
+input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.5rem;
+vertical-align:middle}table{border-collapse:collapse;width:100%}
+caption{text-align:left}th{width:35%}th,td{text-align:left;padding:.25rem .5rem .25rem 0}
 td.n{text-align:right;font-variant-numeric:tabular-nums;width:4rem}meter{width:100%;height:1rem}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem}
 img{max-width:100%;height:auto;border-radius:.4rem}
@@ -97,7 +98,7 @@ $('form').addEventListener('submit',async v=>{v.preventDefault();
     say('No connection to the server.')}finally{go.disabled=false;out.setAttribute('aria-busy','false')}});
 """
 
-# %% ../../nbs/56c_deploy.page.ipynb #fbcae0ee
+# %% ../../nbs/56c_deploy.page.ipynb #1b431392
 _BODY = """<body><main><h1>phoenix</h1>
 <p class="notice">Research use only: decision support, not a diagnosis.</p>
 <form id="form"><div id="drop"><label for="file">Image: PNG, JPEG, TIFF, BMP, NIfTI, DICOM, or a zip of them</label>
@@ -105,7 +106,7 @@ _BODY = """<body><main><h1>phoenix</h1>
 <input id="file" type="file" aria-describedby="hint" accept=".png,.jpg,.jpeg,.tif,.tiff,.bmp,.nii,.gz,.dcm,.zip"></div>
 <div><label for="key">API key</label><br>
 <input id="key" type="password" autocomplete="off" spellcheck="false" required></div>
-<div class="row"><input id="explain" type="checkbox">
+<div><input id="explain" type="checkbox">
 <label for="explain">Show why, and test the map (takes seconds)</label></div>
 <button id="go">Classify</button></form>
 <p id="live" role="status" aria-live="polite"></p>
