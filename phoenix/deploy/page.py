@@ -38,7 +38,7 @@ img{max-width:100%;height:auto;border-radius:.4rem}
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere}.verdict{font-size:1.4rem;font-weight:700;margin:.2rem 0}
 """
 
-# %% ../../nbs/56c_deploy.page.ipynb #d05d4040
+# %% ../../nbs/56c_deploy.page.ipynb #48762bd8
 _SCRIPT = """
 const $=i=>document.getElementById(i),out=$('out'),say=t=>{$('live').textContent=t};
 const el=(t,p={},...c)=>{const e=Object.assign(document.createElement(t),p);e.append(...c);return e};
@@ -51,8 +51,8 @@ function bars(probs){return el('table',{},el('caption',{textContent:'Probability
 function verdict(a){return a.state==='stranger'?'No class: unlike the pictures this model knows':
   a.abstained?'No class: the model abstains':a.label}
 function show(a,n){const many=n>1?' of picture '+(a.index+1)+(a.slice!=null?' (slice '+a.slice+')':''):'';
-  const set=a.set?(a.set.length?a.set.join(', '):'empty'):'not known: no sets were fitted for this model';
-  const known=a.stranger==null?'not known: nothing was fitted for this model':a.stranger?'yes':'no';
+  const set=a.set?(a.set.length?a.set.join(', '):'empty'):'not given: this server answers with probabilities alone';
+  const known=a.stranger==null?'not given: this server does not look for strangers':a.stranger?'yes':'no';
   return el('section',{},el('h2',{textContent:'Answer'+many}),el('p',{className:'verdict'+(a.abstained?' bad':''),
   textContent:verdict(a)}),
   a.reason?el('p',{textContent:'Reason: '+a.reason}):'',bars(a.probs),facts([['Set of classes',set],
