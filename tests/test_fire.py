@@ -38,6 +38,16 @@ def memory(server):
     return sum(p.memory_info().rss for p in [me, *me.children()])/2**20
 
 
+def inside(server, since):
+    "What the server itself measured from headers to answer, ms, since a line of its log"
+    rows = [json.loads(x) for x in server.log.read_text().splitlines()[since:]]
+    took = {s: sorted(r["ms"] for r in rows if r.get("status") == s and r.get("route") == "/v1/predict") for s in (200, 429)}
+    return {f"server_{s}_p{q}_ms": v[min(int(q/100*len(v)), len(v) - 1)] for s, v in took.items() if v for q in (50, 99)}
+
+
+def lines(server): return len(server.log.read_text().splitlines())
+
+
 def say(name, **figures): print(f"\nfire: {name}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
 
 
@@ -45,20 +55,20 @@ def say(name, **figures): print(f"\nfire: {name}: " + ", ".join(f"{k} {v:.3g}" i
 def test_many_callers(server, n):
     "Nothing but 200 and 429, nobody waits longer than a full queue takes, and memory stays"
     asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=3))
-    before = memory(server)
+    before, since = memory(server), lines(server)
     seen = asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=SECONDS/4))
     found = summary(seen, SECONDS/4)
-    say(f"{n} callers", **found, memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    say(f"{n} callers", **found, **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
     assert found["other"] == 0 and found["answered_per_s"] > 0
     assert memory(server) < before*1.1 + 20
 
 
 def test_open_loop_at_twice_the_capacity(server):
     capacity = summary(asyncio.run(closed_loop(server.url, server.key, picture(), users=QUEUE//2, seconds=5)), 5)["answered_per_s"]
-    before = memory(server)
+    before, since = memory(server), lines(server)
     found = summary(asyncio.run(open_loop(server.url, server.key, picture(), rate=2*capacity, seconds=SECONDS)), SECONDS)
     bound = 1e3*QUEUE/found["answered_per_s"]
-    say("open loop at 2x", capacity=capacity, **found, bound_ms=bound, memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    say("open loop at 2x", capacity=capacity, **found, **inside(server, since), bound_ms=bound, memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
     assert found["other"] == 0 and found["refused"] > 0
     assert memory(server) < before*1.1 + 20
 

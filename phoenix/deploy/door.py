@@ -95,7 +95,7 @@ def door_protocol(
             super().connection_lost(exc)
     return DoorProtocol
 
-# %% ../../nbs/56b_deploy.door.ipynb #f9dd4d45
+# %% ../../nbs/56b_deploy.door.ipynb #9aeba71d
 @dataclass(frozen=True)
 class Access:
     "What a route asks of its caller"
@@ -117,8 +117,9 @@ class Asked:
     seconds:float=0. # from the headers to the end of the answer
     received:int=0 # bytes of the body
     whole:bool=False # the body has been read to its end
+    placed:bool=False # it holds one of the places in the queue
 
-# %% ../../nbs/56b_deploy.door.ipynb #5f16cb16
+# %% ../../nbs/56b_deploy.door.ipynb #760a2574
 @dataclass
 class House:
     "What the door must know of the server behind it"
@@ -133,13 +134,14 @@ class House:
     inside:int=0 # requests that were let in and are not answered
 
 
-def _check_room(house, access):
-    "Refuse work while there is no room or no server"
-    if not access.work: return
+def _take_place(house, access, asked):
+    "A place in the queue for a request that has none yet; refused while there is no room or no server"
+    if not access.work or asked.placed: return
     if house.state != "serving":
         raise Refusal(503, f"the server must be serving, it is {house.state}: ask again after Retry-After seconds",
                       house.state, {"Retry-After": "2"})
     if (seconds := house.full()) is not None: raise busy(seconds)
+    house.inside, asked.placed = house.inside + 1, True
 
 # %% ../../nbs/56b_deploy.door.ipynb #be20ec38
 def _declared(headers, access, limits):
@@ -172,14 +174,28 @@ async def _body(receive, cap, asked):
         asked.whole = not message.get("more_body")
         if asked.whole: return b"".join(parts)
 
-# %% ../../nbs/56b_deploy.door.ipynb #b7abebc0
+# %% ../../nbs/56b_deploy.door.ipynb #c426ff3b
+def _give_up(house, asked):
+    "Leave the queue, if the request has a place there"
+    house.inside -= asked.placed
+    asked.placed = False
+
+
 async def _read(house, headers, access, receive, asked):
     "The body within its limits, and how many bytes of the budget it holds"
     cap = _declared(headers, access, house.limits)
     if house.reading + cap > house.limits.reading_mb*2**20: raise busy(house.limits.body_s/4)
     house.reading += cap
     try:
-        async with asyncio.timeout(house.limits.body_s): return await _body(receive, cap, asked), cap
+        async with asyncio.timeout(house.limits.body_s):
+            reading = asyncio.ensure_future(_body(receive, cap, asked))
+            try:
+                await asyncio.wait({reading}, timeout=.25)
+                if not reading.done(): _give_up(house, asked)
+                return await reading, cap
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
     except TimeoutError:
         house.reading -= cap
         raise Refusal(408, f"a body must arrive within {house.limits.body_s:g} seconds, this one did not: send it "
@@ -274,7 +290,7 @@ def _headers(scope):
         out[name] = text
     return out
 
-# %% ../../nbs/56b_deploy.door.ipynb #374071bf
+# %% ../../nbs/56b_deploy.door.ipynb #ab239a3d
 @patch
 async def _meet(self:Door, scope, receive, send):
     "One request from its headers to the end of its answer"
@@ -283,6 +299,8 @@ async def _meet(self:Door, scope, receive, send):
         if message["type"] == "http.response.start":
             asked.status = message["status"]
             extra = {**_ALWAYS, "X-Trace-Id": asked.trace_id}
+            if self.house.state == "draining" and b"connection" not in dict(message["headers"]):
+                extra["Connection"] = "close"
             message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in extra.items())]
         await send(message)
     try: await self._serve(scope, receive, sent, asked)
@@ -294,7 +312,7 @@ async def _meet(self:Door, scope, receive, send):
         asked.seconds = time.perf_counter() - asked.start
         self.house.noted(asked)
 
-# %% ../../nbs/56b_deploy.door.ipynb #391d6f0d
+# %% ../../nbs/56b_deploy.door.ipynb #c70ad9cb
 @patch
 async def _serve(self:Door, scope, receive, send, asked):
     "Let a request in, or raise its refusal"
@@ -309,14 +327,14 @@ async def _serve(self:Door, scope, receive, send, asked):
             raise Refusal(405, f"this path answers {', '.join(methods)}, got {asked.method}: correct it", "method",
                           {"Allow": ", ".join(methods)})
         raise Refusal(404, "a path must be one of the API's, this is none: see /openapi.json", "path")
-    _check_room(house, access)
-    asked.who = await house.admit(headers, asked, access)
-    body, held = await _read(house, headers, access, receive, asked)
-    house.inside += access.work
+    held = 0
     try:
-        _check_room(house, access)
+        _take_place(house, access, asked)
+        asked.who = await house.admit(headers, asked, access)
+        body, held = await _read(house, headers, access, receive, asked)
+        _take_place(house, access, asked)
         scope["state"] = {**scope.get("state", {}), "asked": asked, "body": body}
         await _run(self.app, scope, body, receive, send, asked)
     finally:
         house.reading -= held
-        house.inside -= access.work
+        _give_up(house, asked)

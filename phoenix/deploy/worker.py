@@ -46,7 +46,7 @@ WORK_KINDS = {"refused": "the child can't use what it was given", "poison": "the
     "full": "the queue has its length", "late": "not answered before its deadline", "closed": "no work is taken now",
     "start": "the child can't start"}
 
-# %% ../../nbs/56_deploy.worker.ipynb #8080a2a9
+# %% ../../nbs/56_deploy.worker.ipynb #98a5b042
 def send_frame(
     sock:socket.socket, # connected
     head:dict, # JSON types only
@@ -55,7 +55,8 @@ def send_frame(
     "Write one frame"
     text = json.dumps(head | {"sizes": [len(p) for p in parts]}).encode()
     sock.sendall(struct.pack("!QI", len(text) + sum(len(p) for p in parts), len(text)) + text)
-    for p in parts: sock.sendall(p)
+    for p in parts:
+        if len(p): sock.sendall(p)
 
 
 def _exactly(sock, n, until):
@@ -120,7 +121,7 @@ def _entry(name):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
-# %% ../../nbs/56_deploy.worker.ipynb #02b9eb6f
+# %% ../../nbs/56_deploy.worker.ipynb #6481dbb9
 def child_main(
     fd:int, # of the socket shared with the parent
 )->None:
@@ -138,7 +139,7 @@ def child_main(
                 head, parts = receive_frame(sock)
                 said = answer(head["key"], head["items"], parts)
                 send_frame(sock, {"items": [h for h, _ in said]}, [p for _, p in said])
-        except EOFError: return
+        except (EOFError, ConnectionError): return
 
 # %% ../../nbs/56_deploy.worker.ipynb #d7c93bec
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
@@ -188,7 +189,7 @@ class Child:
         except subprocess.TimeoutExpired: self.process.kill()
         self.process.wait()
 
-# %% ../../nbs/56_deploy.worker.ipynb #dfc9efe2
+# %% ../../nbs/56_deploy.worker.ipynb #04684c9e
 @dataclass(frozen=True)
 class WorkOptions:
     "How much work, how long, by how many"
@@ -209,7 +210,7 @@ class Job:
     until:float # monotonic moment after which nobody waits for it
     future:Future=field(default_factory=Future) # becomes `(head, raw)`
     since:float=field(default_factory=time.monotonic) # when it came
-    alone:int=0 # children that died with this job alone
+    alone:float=0. # children that died with this job alone; a kill from outside counts as a quarter
 
 # %% ../../nbs/56_deploy.worker.ipynb #e360033e
 class Workers:
@@ -339,18 +340,25 @@ def _converse(self:Workers, child, flight):
         self.sizes[len(flight.popleft())] += 1
         self.busy_s += time.monotonic() - start
 
-# %% ../../nbs/56_deploy.worker.ipynb #f6cd2829
+# %% ../../nbs/56_deploy.worker.ipynb #cd7f24b6
 _POISON = "a request must not kill the process that works on it, this one did twice: check the file"
 
 
+def _blame(child, e):
+    "How much a death says against what the child worked on: little when the child was killed from outside"
+    if isinstance(e, TimeoutError): return 1.
+    try: return .25 if child.process.wait(2) == -signal.SIGKILL else 1.
+    except subprocess.TimeoutExpired: return 1.
+
+
 @patch
-def _bury(self:Workers, flight):
+def _bury(self:Workers, flight, blame=1.):
     "Give back what a dead child had: the first batch alone and under suspicion, later ones as they were"
     with self.cond:
         self.deaths += 1
         for batch in reversed(list(flight)[1:]): self.waiting.extendleft(reversed(batch))
         first, poison = flight[0] if flight else [], []
-        if len(first) == 1: first[0].alone += 1
+        if len(first) == 1: first[0].alone += blame
         for job in first: (poison if job.alone > 1 else self.suspects).append(job)
         flight.clear()
         self.cond.notify_all()
@@ -372,7 +380,7 @@ def _tend(self:Workers, slot, started):
         self.children[slot], self.trouble, pause = child, "", .1
         started.set()
         try: self._converse(child, flight)
-        except (OSError, EOFError, ValueError): self._bury(flight)
+        except (OSError, EOFError, ValueError) as e: self._bury(flight, _blame(child, e))
         finally:
             self.children.pop(slot, None)
             child.end(0 if self.depth else 2)
