@@ -74,7 +74,7 @@ def test_refusals_are_said(page, server, tmp_path):
     page.get_by_label("API key").fill(server.key)
     choose(page, tmp_path, b"<script>document.title='x'</script>")
     page.locator("#go").click()
-    page.wait_for_function("document.getElementById('out').innerText.includes('415')")
+    page.locator("#out", has_text="415").wait_for()
     assert page.title() == "phoenix: classify an image"
 
 
