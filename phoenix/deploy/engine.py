@@ -317,7 +317,7 @@ def explain_picture(
     grey = np.uint8(x[0, x.shape[1]//2].numpy()*255)
     return {"map": name, "target": target, "stamp": check.stamp, "tests": rows}, _overlay(grey, heat, check.stamp)
 
-# %% ../../nbs/56a_deploy.engine.ipynb #7f5c6eae
+# %% ../../nbs/56a_deploy.engine.ipynb #c1e02e69
 def make_explainer(
     setup:dict, # threads
 )->Any: # the function for a batch
@@ -329,7 +329,10 @@ def make_explainer(
     nets = {}
     def one(key, item, part):
         try:
-            if key not in nets: nets[key] = load_package(key.partition(":")[2]).model()
+            try: nets[key] = nets.get(key) or load_package(key.partition(":")[2]).model()
+            except RuntimeError:
+                raise UploadError("an explanation needs weights that this phoenix can load, this model's don't fit: "
+                                  "train and package it again", "weights") from None
             if item["map"] not in (can := map_names(nets[key])):
                 raise UploadError(f"a map must be one of {', '.join(can)} here, got {item['map']!r}: correct it")
             stack = np.frombuffer(part, np.uint8).reshape(1, *item["shape"])
