@@ -8,8 +8,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
            'watch', 'evaluate', 'cross_validation', 'compare_networks', 'report_models', 'parameter_search', 'export',
-           'quantize', 'qat', 'bench', 'predict', 'calibrate', 'scan', 'pair', 'run', 'verify', 'vault_seal',
-           'vault_look', 'vault_verify']
+           'quantize', 'qat', 'bench', 'calibrate', 'scan', 'serve', 'run', 'verify', 'vault_seal', 'vault_look',
+           'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -897,6 +897,7 @@ def predict(
     data = [dict(image=str(a.path), label=a.label, abstained=a.abstained, reason=a.reason, probs=a.probs)
             for a in answers]
     return Reply(dict(answers=data, runtime=runtime), lines(rows))
+<<<<<<< ours
 
 # %% ../nbs/91_cli.ipynb #69f96f4e
 @command(app, "calibrate", "phoenix calibrate runs/train-…/model data/raw/phantom split.json --runtime fp32")
@@ -969,6 +970,38 @@ def pair(
     write_bytes(picture, shown.png)
     return Reply(dict(words=shown.words, picture=str(picture), days=found.days, **asdict(found.match)),
                  f"{shown.words}\n{picture}")
+=======
+
+# %% ../nbs/91_cli.ipynb #4c84804a
+@command(app, "serve", "phoenix serve runs/train-…/model --port 8000")
+def serve(
+    model:str, # a model folder, or a name of the registry
+    name:str="model", # of the folder in the registry
+    runtime:str="", # 'int8' or 'fp32'; int8 where its certificate says ok when empty
+    host:str="127.0.0.1", # address to listen on
+    port:int=8000, # 0 for any free one
+    store:str="", # database: a path or URL; $PHOENIX_STORE when empty
+    queue:int=64, # requests that are let in and not answered
+    batch:int=8, # most pictures in one run of the network
+    threads:int=1, # of the model process
+    per_minute:int=600, # requests of a key, where its tenant has no plan; 0 for no limit
+)->Reply: # when the server has ended
+    "Serve a model: API, page, metrics; research use only"
+    from phoenix.deploy.audit import json_logging
+    from phoenix.deploy.engine import EngineOptions
+    from phoenix.deploy.limits import Plan, Rule
+    from phoenix.deploy.serve import ServeOptions, prepare_store, run_server
+    name, key = prepare_store(model, name=name, runtime=runtime, store=store)
+    json_logging(level=load_settings().log_level)
+    plan = Plan(Rule(per_minute) if per_minute else None, Rule(5*per_minute) if per_minute else None)
+    engine = EngineOptions(threads=threads, batch=batch, queue=2*queue + 64)
+    def announce(address):
+        typer.echo(f"phoenix serves {name} at {address}", err=True)
+        if key: typer.echo(f"a first key, shown this once: {key}", err=True)
+    options = ServeOptions(name, store, queue, plan=plan, engine=engine)
+    code = run_server(options, host=host, port=port, announce=announce)
+    said = "the model could not be opened: see the log" if code else "the server ended, what it accepted is answered"
+    return Reply(dict(model=name, code=code), said, code)
 
 # %% ../nbs/91_cli.ipynb #dfc9a93c
 @command(app, "run", "phoenix run 01_quickstart -p epochs=2")

@@ -1,0 +1,161 @@
+"A model, a server in a process of its own, and honest and dishonest callers: what the tests of serving share"
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+from PIL import Image
+
+from phoenix.data.phantom import phantom_slice
+from phoenix.data.preprocess import Preprocess
+from phoenix.deploy.package import add_runtime, save_package
+from phoenix.deploy.serve import prepare_store
+
+ROOT = Path(__file__).resolve().parents[1]
+START = """
+import sys
+from phoenix.deploy.audit import json_logging
+from phoenix.deploy.door import DoorLimits
+from phoenix.deploy.engine import EngineOptions, UploadLimits
+from phoenix.deploy.limits import Plan, Rule
+from phoenix.deploy.serve import ServeOptions, run_server
+json_logging(open(sys.argv[2], "a"))
+options = eval(sys.argv[1])  # written by the test itself
+sys.exit(run_server(options, port=int(sys.argv[3]), announce=lambda a: print(a, flush=True)))
+"""
+
+
+def picture(size=64, patient=0, format="PNG"):
+    "A phantom as the bytes of a file"
+    out = io.BytesIO()
+    Image.fromarray(phantom_slice("glioma", patient, 0, size=size).image).save(out, format)
+    return out.getvalue()
+
+
+def save_model(folder, weight=8., work=0, size=32):
+    "A model folder: logits (weight × mean, 0); `work` convolutions of 32 channels make it take time"
+    make, f32 = onnx.helper, onnx.TensorProto.FLOAT
+    nodes, weights, at = [], [make.make_tensor("w", f32, [1, 2], [weight, 0.])], "image"
+    g = np.random.default_rng(0)
+    for k in range(work):
+        shape = (32, 1 if k == 0 else 32, 3, 3)
+        weights.append(make.make_tensor(f"c{k}", f32, shape, (g.standard_normal(shape)*.01).astype(np.float32).ravel()))
+        nodes.append(make.make_node("Conv", [at, f"c{k}"], [f"y{k}"], pads=[1, 1, 1, 1]))
+        at = f"y{k}"
+    if work:
+        weights += [make.make_tensor("zero", f32, [], [0.])]
+        nodes += [make.make_node("ReduceMean", [at], ["m"], keepdims=1, noop_with_empty_axes=0),
+                  make.make_node("Mul", ["m", "zero"], ["nothing"]), make.make_node("Add", ["image", "nothing"], ["seen"])]
+        at = "seen"
+    nodes += [make.make_node("GlobalAveragePool", [at], ["p"]), make.make_node("Flatten", ["p"], ["f"]),
+              make.make_node("MatMul", ["f", "w"], ["logits"])]
+    ends = [make.make_tensor_value_info(n, f32, s) for n, s in (("image", ["b", 1, "h", "w"]), ("logits", ["b", 2]))]
+    net = make.make_model(make.make_graph(nodes, "mean", ends[:1], ends[1:], weights),
+                          opset_imports=[make.make_opsetid("", 18)], ir_version=10)
+    save_package(folder, model_name="mean", model_args={}, classes=["bright", "dark"], preprocess=Preprocess(size=(size, size)),
+                 state_dict={"w": np.array([[weight, 0.]], np.float32)}, certificate_sha256="c"*64, run_hash="r"*64,
+                 metrics={"accuracy": 1.}, threshold=.5, synthetic=True, published=False)
+    onnx.save(net, folder/"net.onnx.tmp")
+    path = folder.with_suffix(".onnx")
+    (folder/"net.onnx.tmp").replace(path)
+    add_runtime(folder, "fp32", path, {"ok": True})
+    return folder
+
+
+class Server:
+    "A server in a process group of its own, on a free port; nothing of it outlives `stop`"
+    def __init__(self, folder, model=None, options="", port=0, key=None, **how):
+        self.store, self.log = folder/"s.db", folder/"log.jsonl"
+        with contextlib.chdir(folder):
+            if model: _, made = prepare_store(str(model), store=str(self.store), **how)
+        self.key = key or made
+        text = f"ServeOptions(store={str(self.store)!r}, {options or 'plan=Plan(None, None)'})"
+        self.process = subprocess.Popen([sys.executable, "-c", START, text, str(self.log), str(port)], stdout=subprocess.PIPE,
+                                        text=True, start_new_session=True, cwd=folder, env=os.environ | {
+                                            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        self.url = self.process.stdout.readline().strip()
+        self.port = int(self.url.rpartition(":")[2] or 0)
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_): self.stop()
+
+    def headers(self, **more): return {"Authorization": f"Bearer {self.key}", "Content-Type": "image/png", **more}
+
+    def wait(self, path="/readyz", status=200, seconds=90):
+        "Until the path answers with the status"
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(self.url + path, timeout=5).status_code == status: return self
+            time.sleep(.1)
+        raise AssertionError(f"{path} did not become {status}; {self.log.read_text()[-2000:] if self.log.exists() else ''}")
+
+    def model_pids(self):
+        "Process ids of the children, the model's among them"
+        import psutil
+        return [c.pid for c in psutil.Process(self.process.pid).children()]
+
+    def stop(self, sig=signal.SIGTERM, seconds=60):
+        "End the whole group; the exit status of the server"
+        if self.process.poll() is None: self.process.send_signal(sig)
+        try: return self.process.wait(seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stdout.close()
+
+
+def post(server, data=None, path="/v1/predict", timeout=60, **headers):
+    return httpx.post(server.url + path, content=picture() if data is None else data, headers=server.headers(**headers), timeout=timeout)
+
+
+def quantile(values, q):
+    "A quantile of latencies, nearest rank"
+    return sorted(values)[min(int(q*len(values)), len(values) - 1)]
+
+
+async def answered(seen, n=1, seconds=60):
+    "Until `n` of the requests were answered with 200"
+    end = time.monotonic() + seconds
+    while sum(s == 200 for s, _, _ in seen) < n and time.monotonic() < end: await asyncio.sleep(.02)
+
+
+async def users(server, n, seconds, data, pause=0., seen=None):
+    "`n` callers, each asking again as soon as it is answered: (status, seconds, when) of every request"
+    seen, end = [] if seen is None else seen, time.perf_counter() + seconds
+    limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
+    async with httpx.AsyncClient(base_url=server.url, headers=server.headers(), limits=limits, timeout=60) as c:
+        async def one():
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                try: status = (await c.post("/v1/predict", content=data)).status_code
+                except httpx.HTTPError as e: status = type(e).__name__
+                seen.append((status, time.perf_counter() - start, start))
+                if status != 200: await asyncio.sleep(.05)
+                if pause: await asyncio.sleep(pause)
+        await asyncio.gather(*[one() for _ in range(n)])
+    return seen
+
+
+def raw(port, *pieces, wait=0., read=True, timeout=15):
+    "Bytes on a socket as they are; what comes back until the server closes or the time is over"
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as s:
+        out = b""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            for p in pieces:
+                s.sendall(p)
+                time.sleep(wait)
+            while read and (got := s.recv(65536)):
+                out += got
+                if b"\r\n\r\n" in out and b"connection: close" not in out.lower(): break
+        return out

@@ -1,0 +1,196 @@
+"Serving under fire: many callers, twice the capacity, slow and lying sockets, kills and ends; loopback only, at night"
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import time
+
+import httpx
+import psutil
+import pytest
+
+from phoenix.deploy.load import closed_loop, open_loop, summary
+from serving import Server, answered, picture, post, save_model
+
+pytestmark = pytest.mark.slow
+SECONDS = float(os.environ.get("PHOENIX_FIRE_SECONDS", 60))
+QUEUE = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("models")/"model", work=3, size=128)
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("fire"), model, f"plan=Plan(None, None), queue={QUEUE}") as s:
+        s.wait()
+        asyncio.run(closed_loop(s.url, s.key, picture(), users=4, seconds=1))
+        yield s
+
+
+def memory(server):
+    "MiB of the server and its children"
+    me = psutil.Process(server.process.pid)
+    return sum(p.memory_info().rss for p in [me, *me.children()])/2**20
+
+
+def inside(server, since):
+    "What the server itself measured from headers to answer, ms, since a line of its log"
+    rows = [json.loads(x) for x in server.log.read_text().splitlines()[since:]]
+    took = {s: sorted(r["ms"] for r in rows if r.get("status") == s and r.get("route") == "/v1/predict") for s in (200, 429)}
+    return {f"server_{s}_p{q}_ms": v[min(int(q/100*len(v)), len(v) - 1)] for s, v in took.items() if v for q in (50, 99)}
+
+
+def lines(server): return len(server.log.read_text().splitlines())
+
+
+def say(name, **figures): print(f"\nfire: {name}: " + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
+
+
+@pytest.mark.parametrize("n", [50, 200])
+def test_many_callers(server, n):
+    "Nothing but 200 and 429, nobody waits longer than a full queue takes, and memory stays"
+    asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=3))
+    before, since = memory(server), lines(server)
+    seen = asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=SECONDS/4))
+    found = summary(seen, SECONDS/4)
+    say(f"{n} callers", **found, **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    assert found["other"] == 0 and found["answered_per_s"] > 0
+    assert memory(server) < before*1.1 + 20
+
+
+def test_open_loop_at_twice_the_capacity(server):
+    capacity = summary(asyncio.run(closed_loop(server.url, server.key, picture(), users=QUEUE//2, seconds=5)), 5)["answered_per_s"]
+    before, since = memory(server), lines(server)
+    found = summary(asyncio.run(open_loop(server.url, server.key, picture(), rate=2*capacity, seconds=SECONDS)), SECONDS)
+    bound = 1e3*QUEUE/found["answered_per_s"]
+    say("open loop at 2x", capacity=capacity, **found, **inside(server, since), bound_ms=bound, memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    assert found["other"] == 0 and found["refused"] > 0
+    assert memory(server) < before*1.1 + 20
+
+
+def test_slow_and_lying_sockets(server):
+    "500 sockets that send a byte a second, lie about their length or never end: honest callers hardly notice"
+    data = picture()
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\nContent-Type: image/png\r\n".encode()
+    kinds = (b"GET / HTT", head + b"Content-Length: 100000\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n", b"GET / HTTP/1.1\r\nx: y")
+    async def honest(n):
+        out = []
+        async with httpx.AsyncClient(base_url=server.url, headers=server.headers(), timeout=60) as c:
+            for _ in range(n):
+                start = time.perf_counter()
+                assert (await c.post("/v1/predict", content=data)).status_code in (200, 429)
+                out.append(time.perf_counter() - start)
+        return sorted(out)
+    async def attack(stop):
+        async def one(k):
+            while not stop.is_set():
+                with contextlib.suppress(OSError):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                    writer.write(kinds[k % len(kinds)])
+                    while not stop.is_set() and not writer.is_closing():
+                        writer.write(b"1\r\n1\r\n" if k % 4 == 2 else b"1")
+                        await writer.drain()
+                        await asyncio.sleep(1)
+                    writer.close()
+                await asyncio.sleep(.2)
+        await asyncio.gather(*[one(k) for k in range(500)])
+    async def both():
+        idle, stop = await honest(150), asyncio.Event()
+        attackers = asyncio.ensure_future(attack(stop))
+        await asyncio.sleep(2)
+        under = await honest(150)
+        stop.set()
+        await attackers
+        return idle, under
+    idle, under = asyncio.run(both())
+    say("500 slow sockets", idle_p50_ms=idle[75]*1e3, idle_p99_ms=idle[148]*1e3, under_p50_ms=under[75]*1e3, under_p99_ms=under[148]*1e3,
+        load=os.getloadavg()[0])
+    assert post(server).status_code == 200
+
+
+def test_twenty_kills_of_the_model_process(server):
+    "No accepted request is lost: every caller gets 200 or 429"
+    async def fire():
+        seen = []
+        work = asyncio.ensure_future(closed_loop(server.url, server.key, picture(), users=12, seconds=20*4 if SECONDS >= 60 else 24, seen=seen))
+        kills = 0
+        while not work.done() and kills < 20:
+            await answered(seen, len([s for s in seen if s.status == 200]) + 2)
+            pids = server.model_pids()
+            if len(pids) > 1: os.kill(random.choice(pids), signal.SIGKILL)
+            kills += 1
+            await asyncio.sleep(random.uniform(.2, 1.))
+        return await work, kills
+    seen, kills = asyncio.run(fire())
+    found = summary(seen, 1)
+    statuses = {s.status for s in seen}
+    say("SIGKILL of children", kills=kills, answered=sum(s.status == 200 for s in seen), statuses=sorted(map(str, statuses)), other=found["other"])
+    assert statuses <= {200, 429} and kills >= (20 if SECONDS >= 60 else 3)
+
+
+def test_twenty_ends_under_load(model, tmp_path):
+    "Every request that was accepted is answered: callers see 200, 503 or no connection, and each end is clean"
+    ends, totals = int(20 if SECONDS >= 60 else 3), {}
+    for k in range(ends):
+        (tmp_path/str(k)).mkdir()
+        with Server(tmp_path/str(k), model, f"plan=Plan(None, None), queue={QUEUE}, notice_s=.4") as s:
+            s.wait()
+            async def fire():
+                seen = []
+                work = asyncio.ensure_future(closed_loop(s.url, s.key, picture(), users=8, seconds=4, seen=seen))
+                await answered(seen, random.randint(3, 20))
+                s.process.send_signal(signal.SIGTERM)
+                return await work
+            for x in asyncio.run(fire()): totals[x.status] = totals.get(x.status, 0) + 1
+            assert s.process.wait(60) == 0
+    say("SIGTERM", ends=ends, **{str(k): v for k, v in totals.items()})
+    assert set(totals) <= {200, 429, 503, "ConnectError"}
+
+
+def test_two_servers_and_a_restart_share_one_limit(model, tmp_path):
+    "A plan of 20 a minute holds over two processes and a restart of one, within one"
+    options = "plan=Plan(Rule(20, 3600, 20), None)"
+    with Server(tmp_path, model, options) as a:
+        a.wait()
+        with Server(tmp_path, None, options, key=a.key) as b:
+            b.wait()
+            said = [post((a, b)[k % 2]).status_code for k in range(14)]
+        with Server(tmp_path, None, options, key=a.key) as b:
+            b.wait()
+            said += [post((a, b)[k % 2]).status_code for k in range(14)]
+    say("two servers", passed=said.count(200), refused=said.count(429))
+    assert abs(said.count(200) - 20) <= 1 and set(said) == {200, 429}
+
+
+def test_schemathesis(server, tmp_path):
+    "Five minutes of made requests: never a 500"
+    import subprocess
+    import sys
+    seconds = 300 if SECONDS >= 60 else 30
+    run = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "-H", f"Authorization: Bearer {server.key}",
+           "--checks", "not_a_server_error", "--max-time", str(seconds), "--no-color"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(run, capture_output=True, text=True, timeout=seconds + 120, cwd=tmp_path)
+        print(done.stdout[-3000:], done.stderr[-500:])
+    statuses = [json.loads(x).get("status", 0) for x in server.log.read_text().splitlines()]
+    say("schemathesis", requests=len(statuses), server_errors=sum(s == 500 for s in statuses))
+    assert not any(s == 500 for s in statuses) and httpx.get(server.url + "/healthz").status_code == 200
+
+
+def test_nothing_is_left_behind(model, tmp_path):
+    "A server that is killed outright takes its children along"
+    with Server(tmp_path, model) as s:
+        s.wait()
+        children = s.model_pids()
+        assert len(children) == 2
+        s.process.kill()
+        s.process.wait()
+        end = time.monotonic() + 20
+        while any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in children) and time.monotonic() < end: time.sleep(.1)
+        assert not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in children)
+    with socket.socket() as again: again.bind(("127.0.0.1", s.port))

@@ -1,0 +1,171 @@
+"A server in a process of its own: what it answers, to whom, and that it loses nothing. The long fire is in test_fire.py"
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import time
+import zipfile
+
+import httpx
+import nibabel
+import numpy as np
+import pytest
+
+from phoenix.deploy.package import load_package
+from phoenix.deploy.serve import ACCESS
+from serving import Server, answered, picture, post, raw, save_model, users
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("models")/"model")
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    options = "plan=Plan(None, None), queue=4, door=DoorLimits(body_mb=1, body_s=1, header_s=1), follow_s=.4, notice_s=.5"
+    with Server(tmp_path_factory.mktemp("server"), model, options) as s: yield s.wait()
+
+
+def get(server, path, **kw): return httpx.get(server.url + path, headers=server.headers(), timeout=30, **kw)
+
+
+def test_the_answer_is_the_package_s_own(server, model, tmp_path):
+    (tmp_path/"a.png").write_bytes(picture())
+    expected, = load_package(model).predict([tmp_path/"a.png"], "fp32")
+    said = post(server).json()
+    assert said["answers"][0]["probs"] == pytest.approx(expected.probs, abs=1e-12) and said["answers"][0]["label"] == expected.label
+    assert said["model"]["version"] == "model@1" and said["notice"] and len(said["trace_id"]) == 32
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    assert post(server, traceparent=f"00-{trace}-b7ad6b7169203331-01").headers["x-trace-id"] == trace
+
+
+def test_forms_volumes_and_archives(server):
+    volume = np.zeros((40, 40, 6), np.int16)
+    volume[8:32, 8:32, 1:5] = 300
+    nifti = nibabel.Nifti1Image(volume, np.diag([1., 1., 3., 1.])).to_bytes()
+    said = post(server, nifti, "/v1/predict?slices=3").json()["answers"]
+    assert [a["slice"] for a in said] == [1, 3, 4]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for k in range(2): z.writestr(f"{k}.jpg", picture(patient=k, format="JPEG"))
+    assert len(post(server, out.getvalue()).json()["answers"]) == 2
+    form = httpx.post(server.url + "/v1/predict", files={"file": ("name-of-a-patient.png", picture())}, timeout=30,
+                      headers={"X-API-Key": server.key}).json()
+    assert form["answers"] == post(server).json()["answers"]
+    assert "name-of-a-patient" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("data, kind, status", [
+    (b"<svg/>", "image/png", 415), (b"", "image/png", 422), (picture()[:200], "image/png", 422), (picture(), "text/html", 415),
+    (picture(), "", 415), (b"PK\3\4" + bytes(50), "application/zip", 422), (bytes(2**20 + 1), "image/png", 413)])
+def test_what_can_t_be_used_is_refused_by_its_kind(server, data, kind, status):
+    said = post(server, data, **{"Content-Type": kind})
+    assert said.status_code == status and said.json()["error"]["message"] and said.json()["error"]["trace_id"]
+
+
+def test_every_route_denies_by_default(server):
+    "Each route of the table with no key, a wrong key and keys without its scope: 0 unintended answers"
+    from phoenix.deploy.keys import Keyring
+    from phoenix.deploy.store import open_store
+    keyring = Keyring(open_store(str(server.store)))
+    narrow = {s: keyring.add("other", [s]).reveal() for s in ("read", "predict", "metrics", "admin")}
+    bad = ["", "Bearer", "Bearer phx_aaaaaaaaaaaa_" + "0"*64, "Basic YTpi", f"Bearer {server.key}x", f"Bearer {server.key[:-1]}"]
+    wrong = []
+    with httpx.Client(base_url=server.url, timeout=30) as c:
+        for (method, path), access in [*ACCESS.items(), (("GET", "/docs"), None), (("TRACE", "/v1/predict"), None)]:
+            def ask(key): return c.request(method, path.replace("{id}", "0"*32), headers={"Authorization": key} if key else {}).status_code
+            if access and access.scope is None: continue
+            wrong += [(method, path, k) for k in bad if ask(k) != 401]
+            if access: wrong += [(method, path, s) for s, key in narrow.items() if s != access.scope and ask(f"Bearer {key}") != 403]
+    assert not wrong
+    assert httpx.post(server.url + "/v1/predict", content=picture(), headers={"Authorization": f"Bearer {narrow['predict']}",
+                      "Content-Type": "image/png"}, timeout=30).status_code == 200
+
+
+def test_slow_lying_endless_and_huge(server):
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\nContent-Type: image/png\r\n".encode()
+    assert raw(server.port, b"GET / HTT", timeout=5) == b""
+    assert b" 431 " in raw(server.port, b"GET / HTTP/1.1\r\nx: " + b"y"*20000)
+    assert b" 408 " in raw(server.port, head + b"Content-Length: 5000\r\n\r\nabc")
+    assert b" 413 " in raw(server.port, head + b"Content-Length: 99999999\r\n\r\nabc")
+    assert b" 400 " in raw(server.port, head + b"Content-Length: -1\r\n\r\nabc")
+    chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    assert b" 413 " in raw(server.port, head + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk]*40)
+    assert post(server).status_code == 200
+
+
+def test_full_says_429_at_once_and_a_kill_loses_nothing(server):
+    "More callers than the queue holds while the model process is killed: 200 or 429 with Retry-After, never anything else"
+    async def fire():
+        seen = []
+        work = asyncio.ensure_future(users(server, 12, 2.5, picture(), seen=seen))
+        await answered(seen)
+        for pid in server.model_pids(): os.kill(pid, signal.SIGKILL)
+        return await work
+    seen = asyncio.run(fire())
+    kinds = {s for s, _, _ in seen}
+    assert {200} <= kinds <= {200, 429}, kinds
+    assert server.wait() and post(server).status_code == 200
+    text = get(server, "/metrics").text
+    assert 'phoenix_worker_deaths{pool="model"}' in text and 'phoenix_refusals_total{kind="full"}' in text
+
+
+def test_batches(server):
+    job = httpx.post(server.url + "/v1/batch", files=[("files", (f"{k}", picture(patient=k))) for k in range(3)] +
+                     [("files", ("x", b"no picture"))], headers={"X-API-Key": server.key}, timeout=30)
+    assert job.status_code == 202
+    end = time.monotonic() + 60
+    while (said := get(server, f"/v1/batch/{job.json()['id']}").json())["state"] != "done" and time.monotonic() < end: time.sleep(.1)
+    assert [len(r.get("answers", [])) for r in said["results"]] == [1, 1, 1, 0] and said["results"][3]["error"]["kind"] == "unsupported"
+    assert get(server, "/v1/batch/" + "0"*32).status_code == 404
+    cancelled = httpx.delete(server.url + f"/v1/batch/{job.json()['id']}", headers=server.headers()).json()
+    assert cancelled["state"] == "done"
+
+
+def test_a_challenger_serves_without_a_restart_and_the_way_back(server, tmp_path):
+    from phoenix.deploy.registry import Registry
+    from phoenix.deploy.store import open_store
+    registry = Registry(open_store(str(server.store)))
+    two = registry.register(str(save_model(tmp_path/"two", weight=2.)), "model")
+    before = post(server).json()
+    said = httpx.post(server.url + "/v1/models/promote", params={"number": two.number, "why": "test"}, headers=server.headers(), timeout=60)
+    assert said.status_code == 200 and said.json()["champion"]["number"] == two.number
+    after = post(server).json()
+    assert after["model"]["version"] == "model@2" and after["answers"][0]["probs"] != before["answers"][0]["probs"]
+    registry.rollback("model", who="test", why="test")
+    end = time.monotonic() + 30
+    while post(server).json()["model"]["version"] != "model@1" and time.monotonic() < end: time.sleep(.1)
+    assert post(server).json()["answers"] == before["answers"]
+
+
+def test_curl_examples(server, tmp_path):
+    "The commands that the docs show, with this server's address and key"
+    (tmp_path/"slice.png").write_bytes(picture())
+    auth = ["-H", f"Authorization: Bearer {server.key}"]
+    def curl(*args): return json.loads(subprocess.run(["curl", "-sf", *auth, *args], cwd=tmp_path, capture_output=True, check=True, timeout=60).stdout)
+    raw_body = curl("-H", "Content-Type: image/png", "--data-binary", "@slice.png", f"{server.url}/v1/predict")
+    form = curl("-F", "file=@slice.png", f"{server.url}/v1/predict")
+    assert raw_body["answers"] == form["answers"] and curl(f"{server.url}/v1/models")["champion"]
+
+
+def test_sigterm_answers_what_it_accepted(server):
+    "The last test of this server: callers get an answer, 429, 503 or no connection, the exit is clean, the log is whole"
+    async def fire():
+        seen = []
+        work = asyncio.ensure_future(users(server, 4, 3, picture(), seen=seen))
+        await answered(seen, 6)
+        server.process.send_signal(signal.SIGTERM)
+        return await work
+    kinds = {x for x, _, _ in asyncio.run(fire())}
+    assert {200} <= kinds <= {200, 429, 503, "ConnectError"}, kinds
+    assert server.process.wait(60) == 0
+    said = [json.loads(x) for x in server.log.read_text().splitlines()]
+    answered_ = sum(x.get("status") == 200 and x.get("route") == "/v1/predict" for x in said)
+    from phoenix.deploy.audit import AuditLog
+    from phoenix.deploy.store import open_store
+    log = AuditLog(open_store(str(server.store)))
+    chain = log.verify()
+    assert chain.ok and chain.entries >= answered_ > 0
+    assert sum(e["event"] == "predict" and e["status"] == 200 for e in log.tail(10_000)) == answered_
