@@ -8,8 +8,8 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'Reply', 'lines', 'command', 'doctor', 'data_acquire', 'data_patients',
            'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts', 'split_make', 'split_verify', 'train',
            'watch', 'evaluate', 'cross_validation', 'compare_networks', 'report_models', 'parameter_search', 'export',
-           'quantize', 'qat', 'bench', 'calibrate', 'scan', 'serve', 'run', 'verify', 'vault_seal', 'vault_look',
-           'vault_verify']
+           'quantize', 'qat', 'bench', 'predict', 'calibrate', 'scan', 'pair', 'serve', 'run', 'verify', 'vault_seal',
+           'vault_look', 'vault_verify']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -897,7 +897,6 @@ def predict(
     data = [dict(image=str(a.path), label=a.label, abstained=a.abstained, reason=a.reason, probs=a.probs)
             for a in answers]
     return Reply(dict(answers=data, runtime=runtime), lines(rows))
-<<<<<<< ours
 
 # %% ../nbs/91_cli.ipynb #69f96f4e
 @command(app, "calibrate", "phoenix calibrate runs/train-…/model data/raw/phantom split.json --runtime fp32")
@@ -970,7 +969,6 @@ def pair(
     write_bytes(picture, shown.png)
     return Reply(dict(words=shown.words, picture=str(picture), days=found.days, **asdict(found.match)),
                  f"{shown.words}\n{picture}")
-=======
 
 # %% ../nbs/91_cli.ipynb #4c84804a
 @command(app, "serve", "phoenix serve runs/train-…/model --port 8000")
