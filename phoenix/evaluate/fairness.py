@@ -34,7 +34,7 @@ def _rates_of(cm, classes):
 def _gaps(cm, classes):
     "Largest minus smallest of each measure over the values; equalised odds is the larger of two gaps"
     found = _rates_of(cm, classes)
-    out = {m: np.nanmax(v, -1) - np.nanmin(v, -1) for m, v in found.items()}
+    out = {m: np.fmax.reduce(v, -1) - np.fmin.reduce(v, -1) for m, v in found.items()}
     odds = [('true positive rate', 'false positive rate')]*len(classes)
     return out | {('equalised odds', c): np.fmax(out[t, c], out[f, c]) for c, (t, f) in zip(classes, odds)}
 
