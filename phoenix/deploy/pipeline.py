@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.pipeline.html.md"""
 # %% auto #0
 __all__ = ['F32', 'F64', 'I64', 'Graph', 'check_expressible', 'prepare_into', 'export_pipeline', 'check_pipeline']
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #3af7a9c7
+# %% ../../nbs/51a_deploy.pipeline.ipynb #a0b57894
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from .package import RUNTIMES, Package, softmax
 from ..records import write_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #dc4dcd08
+# %% ../../nbs/51a_deploy.pipeline.ipynb #f8fc673e
 class Graph:
     "Nodes and constants that are written down one operator at a time"
     def __init__(self,
@@ -47,7 +47,7 @@ class Graph:
         self.nodes.append(helper.make_node(op, names, [self.name(op)], name=self.name('node'), **attributes))
         return self.nodes[-1].output[0]
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #980e7985
+# %% ../../nbs/51a_deploy.pipeline.ipynb #310294f0
 F32, F64, I64 = np.float32, np.float64, lambda *v: np.array(v, np.int64)
 
 def _to(g:Graph, x:str, kind:type)->str:
@@ -62,7 +62,7 @@ def _sides(g:Graph, x:str)->list[str]:
     "Height and width as float64 scalars"
     return [_to(g, g('Squeeze', g('Shape', x, start=i, end=i+1)), F64) for i in (2, 3)]
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #c3d72893
+# %% ../../nbs/51a_deploy.pipeline.ipynb #b979344c
 def _histogram(g:Graph, levels:str, weights:str)->str:
     "Sum of weights `(N,M)` at each of 256 levels `(N,M)`: `(N,256)` float64"
     shape = g('Concat', g('Shape', levels, start=0, end=1), I64(256), axis=0)
@@ -74,7 +74,7 @@ def _rank(g:Graph, below:str, share:float)->str:
     wanted = g('Mul', g('Gather', below, I64(255), axis=1), F64(share))
     return g('ReduceSum', _to(g, g('Less', below, wanted), F64), I64(1), keepdims=1)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #55833c46
+# %% ../../nbs/51a_deploy.pipeline.ipynb #14e4151d
 def _clipped(g:Graph, x:str, percentile:float)->str:
     "`clip_range` of bytes `(N,1,H,W)`, as float32"
     levels = _to(g, g('Flatten', x), np.int64)
@@ -84,7 +84,7 @@ def _clipped(g:Graph, x:str, percentile:float)->str:
     table = g('Min', g('Round', step), F64(255))
     return _to(g, g('Reshape', g('GatherElements', table, levels, axis=1), g('Shape', x)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #d728b95a
+# %% ../../nbs/51a_deploy.pipeline.ipynb #9f2e4bbc
 def _grid(g:Graph, first:str, last:str, column:bool)->str:
     "Whole numbers from `first` up to `last`, as a column or a row, float64"
     return g('Unsqueeze', g('Range', first, last, F64(1)), I64(1 if column else 0))
@@ -97,7 +97,7 @@ def _area(g:Graph, big:str, small:str)->str:
     lower = g('Max', g('Mul', i, step), j)
     return _to(g, g('Div', g('Max', g('Sub', upper, lower), F64(0)), step), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #aceb2cf0
+# %% ../../nbs/51a_deploy.pipeline.ipynb #8a03c752
 def _distances(g:Graph, old:str, new:str)->str:
     "How far each of `new` pixels lies from each of `old` ones and two more at both ends, `(new,old+4)`"
     i = _grid(g, g.constant(F64(0)), new, True)
@@ -109,7 +109,7 @@ def _linear(g:Graph, old:str, new:str)->str:
     "Matrix of linear interpolation"
     return _to(g, g('Max', g('Sub', F64(1), _distances(g, old, new)), F64(0)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #261a8f72
+# %% ../../nbs/51a_deploy.pipeline.ipynb #21e77c20
 def _cubic(g:Graph, old:str, new:str)->str:
     "Matrix of cubic interpolation with a = −0.75"
     d = _distances(g, old, new)
@@ -125,7 +125,7 @@ def _product(g:Graph, x:str, rows:str, columns:str)->str:
     "Rows from the left, columns from the right"
     return g('MatMul', g('MatMul', rows, x), g('Transpose', columns, perm=[1,0]))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #d31ef74b
+# %% ../../nbs/51a_deploy.pipeline.ipynb #e0b527b7
 def _shrunk(g:Graph, x:str, sides:list[str], new:list[str])->str:
     "By area to whole grey levels; an exact half is rounded as OpenCV does it, up where both sides halve, else to even"
     y = _product(g, x, *[_area(g, a, b) for a,b in zip(sides, new)])
@@ -137,7 +137,7 @@ def _interpolated(g:Graph, x:str, sides:list[str], new:list[str], kind)->str:
     wide = g('Pad', x, I64(0,0,2,2,0,0,2,2), mode='edge')
     return _product(g, wide, *[kind(g, a, b) for a,b in zip(sides, new)])
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #0bb25891
+# %% ../../nbs/51a_deploy.pipeline.ipynb #f8b57c33
 def _disc(radius:int)->np.ndarray:
     "A disc as a kernel `(1,1,k,k)`"
     y, x = np.ogrid[-radius:radius+1, -radius:radius+1]
@@ -153,7 +153,7 @@ def _eroded(g:Graph, m:str, radius:int)->str:
     "Where no 0 is in reach"
     return _inverse(g, _dilated(g, _inverse(g, m), radius))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #3678cc4a
+# %% ../../nbs/51a_deploy.pipeline.ipynb #5efae4a2
 def _blurred(g:Graph, x:str)->str:
     "Gaussian blur of σ 1, whole grey levels"
     k = F32([1,14,62,102,62,14,1])
@@ -170,7 +170,7 @@ def _bright(g:Graph, x:str)->str:
     level = g('Add', low, g('Mul', g('Sub', high, low), F64(.1)))
     return _to(g, g('Greater', _to(g, x, F64), _wide(g, level, 4)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #64508a5f
+# %% ../../nbs/51a_deploy.pipeline.ipynb #7d4db3dc
 def _spread(g:Graph, seed:str, within:str)->str:
     "Largest label in reach by steps to the four neighbours inside of `within`"
     b, into = Graph(g.name('spread/')), g.name('label')
@@ -186,7 +186,24 @@ def _spread(g:Graph, seed:str, within:str)->str:
     body = helper.make_graph(b.nodes, g.name('body'), ins, outs, b.constants)
     return g('Loop', '', np.array(True), seed, body=body)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #3e77c70b
+# %% ../../nbs/51a_deploy.pipeline.ipynb #d845f021
+def _grown(g:Graph, m:str, old:list[str], new:list[str])->str:
+    "A mask of 0 and 1 in another size, 1 where linear interpolation of bytes is above 127"
+    wide = g('Pad', g('Mul', m, F32(255)), I64(0,0,0,2,0,0,0,2), mode='edge')
+    columns = g('Round', g('Mul', _linear(g, old[1], new[1]), F32(2048)))
+    whole = g('Floor', g('Div', g('MatMul', wide, g('Transpose', columns, perm=[1,0])), F32(16)))
+    i = g('Range', g.constant(F64(0)), new[0], F64(1))
+    at = g('Sub', g('Mul', g('Add', i, F64(.5)), g('Div', old[0], new[0])), F64(.5))
+    low = g('Floor', at)
+    share = g('Unsqueeze', g('Round', g('Mul', g('Sub', at, low), F64(2048))), I64(1))
+    def row(k, weight):
+        rows = g('Clip', g('Add', low, F64(k)), F64(0), g('Sub', old[0], F64(1)))
+        y = _to(g, g('Gather', whole, _to(g, rows, np.int64), axis=2), F64)
+        return g('Floor', g('Mul', g('Mul', y, weight), F64(2**-16)))
+    both = g('Add', row(0, g('Sub', F64(2048), share)), row(1, share))
+    return _to(g, g('Greater', g('Floor', g('Div', g('Add', both, F64(2)), F64(4))), F64(127)), F32)
+
+# %% ../../nbs/51a_deploy.pipeline.ipynb #a5049dcb
 def _piece(g:Graph, m:str)->str:
     "The largest of the connected pieces of a mask `(N,1,h,w)`"
     shape, count = g('Shape', m), g('Size', g('Slice', m, I64(0), I64(1), I64(0)))
@@ -201,7 +218,7 @@ def _piece(g:Graph, m:str)->str:
     best = _wide(g, _to(g, g('ArgMax', sizes, axis=1), F32), 4)
     return g('Mul', _to(g, g('Equal', label, best), F32), m)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #095dbd59
+# %% ../../nbs/51a_deploy.pipeline.ipynb #f89d6f18
 def _filled(g:Graph, m:str)->str:
     "A piece, closed by a disc of radius 4, without holes"
     wide = g('Pad', m, I64(0,0,9,9,0,0,9,9))
@@ -219,10 +236,9 @@ def _head(g:Graph, x:str)->str:
     bright = _bright(g, _blurred(g, _shrunk(g, x, sides, small)))
     opened = _dilated(g, _eroded(g, bright, 1), 1)
     tight = _eroded(g, _filled(g, _piece(g, opened)), 1)
-    soft = _interpolated(g, tight, small, sides, _linear)
-    return _to(g, g('Greater', soft, F32(.4999)), F32)
+    return _grown(g, tight, small, sides)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #2a3d57b8
+# %% ../../nbs/51a_deploy.pipeline.ipynb #45ca780c
 def _zscored(g:Graph, x:str, mask:str)->str:
     "Head to 0…255 by its mean and spread, air to 0"
     levels, grey = _to(g, g('Flatten', x), np.int64), np.arange(256, dtype=F64)[None]
@@ -237,7 +253,7 @@ def _zscored(g:Graph, x:str, mask:str)->str:
     y = _to(g, g('Reshape', g('GatherElements', table, levels, axis=1), g('Shape', x)), F32)
     return g('Mul', y, mask)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #f95a548e
+# %% ../../nbs/51a_deploy.pipeline.ipynb #dd467a46
 def _resized(g:Graph, x:str, size:tuple[int,int])->str:
     "Area when smaller, bicubic when larger"
     sides, new = _sides(g, x), [g.constant(F64(n)) for n in size]
@@ -245,7 +261,7 @@ def _resized(g:Graph, x:str, size:tuple[int,int])->str:
     cubic = g('Floor', g('Add', _interpolated(g, x, sides, new, _cubic), F32(.5)))
     return g('Where', smaller, _shrunk(g, x, sides, new), g('Clip', cubic, F32(0), F32(255)))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #7f4b7c68
+# %% ../../nbs/51a_deploy.pipeline.ipynb #08215b7e
 def check_expressible(
     p:Preprocess, # of a model
 )->None:
@@ -255,7 +271,7 @@ def check_expressible(
     if odd: raise PhoenixError("preprocessing must be clip, z-score or range, and resize to go into the graph, got "
                                f"{odd}: serve the model folder, or train without.")
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #cc9448fa
+# %% ../../nbs/51a_deploy.pipeline.ipynb #1922c1af
 def prepare_into(
     g:Graph, # gets the nodes
     p:Preprocess, # of a model
@@ -270,7 +286,7 @@ def prepare_into(
     x = g('Div', _resized(g, x, p.size), F32(255))
     return g('Concat', *[x]*channels, axis=1) if channels>1 else x
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #7256c115
+# %% ../../nbs/51a_deploy.pipeline.ipynb #76a3c8f3
 def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float)->None:
     "Put preprocessing before a network, and temperature and softmax behind it"
     old, logits = graph.input[0].name, graph.output[0]
@@ -286,7 +302,7 @@ def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float)->None:
     graph.input.append(helper.make_tensor_value_info('image', TensorProto.UINT8, ['batch', 1, 'height', 'width']))
     graph.output.append(helper.make_tensor_value_info('probs', TensorProto.FLOAT, ['batch', classes]))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #ab628a7e
+# %% ../../nbs/51a_deploy.pipeline.ipynb #11484367
 def export_pipeline(
     package:Package, # model folder with a certified network
     path:str|Path, # where the file goes, written whole or not at all
@@ -311,7 +327,7 @@ def export_pipeline(
     write_bytes(path, model.SerializeToString(deterministic=True))
     return Path(path)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #b72ea329
+# %% ../../nbs/51a_deploy.pipeline.ipynb #56384cb5
 def check_pipeline(
     package:Package, # the model folder the file was made from
     path:str|Path, # file of `export_pipeline`
