@@ -49,7 +49,7 @@ class Runner:
         x = self.image if self.preprocess is None else (self.preprocess(self.image)/np.float32(255))[None,None]
         return self.session.run(None, {self.name:x})[0]
 
-# %% ../../nbs/53_deploy.bench.ipynb #471f3f00
+# %% ../../nbs/53_deploy.bench.ipynb #efd37894
 def _first(path:str, key:str)->str:
     "The value of a line `key : value` of a file of Linux, '' without one"
     if not Path(path).is_file(): return ''
@@ -68,7 +68,7 @@ def circumstances(
             'load':[round(o, 2) for o in os.getloadavg()] if hasattr(os, 'getloadavg') else None,
             'versions':{k:_version(k) for k in ('onnxruntime', 'openvino', 'torch')}}
 
-# %% ../../nbs/53_deploy.bench.ipynb #fcea682e
+# %% ../../nbs/53_deploy.bench.ipynb #cfb23781
 def _row(name:str, call:Callable, wall:list[float], spent:list[float], warmup:int)->dict:
     "One line of the table, from times in ms"
     p50, p95, p99 = np.percentile(wall, (50, 95, 99))
@@ -121,7 +121,7 @@ class Answering:
         x = self.package.images([self.image]) if self.ready is None else self.ready
         return self.package.logits(x, self.runtime, self.threads, self.engine)
 
-# %% ../../nbs/53_deploy.bench.ipynb #8bff2a6d
+# %% ../../nbs/53_deploy.bench.ipynb #29ce1590
 def _networks(package:Package, engines:Sequence[str])->list[tuple[str,str]]:
     "Network and engine of everything certified, or what is asked for of it"
     if not package.runtimes:
@@ -150,7 +150,7 @@ def bench_package(
         calls[f'{r} {e} network alone'] = Answering(package, r, image, threads, ready, e)
     return bench(calls, warmup=warmup, runs=runs)
 
-# %% ../../nbs/53_deploy.bench.ipynb #2d15ed7c
+# %% ../../nbs/53_deploy.bench.ipynb #4c2e7441
 def bench_batches(
     package:Package, # model folder with at least one certified network
     image:str|Path, # a picture, repeated
@@ -173,7 +173,7 @@ def bench_batches(
     table['ms_per_picture'] = table.cpu_p50_ms/table.batch
     return table
 
-# %% ../../nbs/53_deploy.bench.ipynb #bcdf3b52
+# %% ../../nbs/53_deploy.bench.ipynb #5e2979e8
 _COLD = """import json, resource, sys, time
 from phoenix.deploy.package import load_package
 folder, image, runtime, engine, threads = sys.argv[1:]
@@ -202,7 +202,7 @@ def cold_start(
         rows.append({'wall_s':time.perf_counter()-start, **json.loads(done.stdout)})
     return {k:float(np.median([r[k] for r in rows])) for k in rows[0]}
 
-# %% ../../nbs/53_deploy.bench.ipynb #5cd94bba
+# %% ../../nbs/53_deploy.bench.ipynb #87e7f8ca
 def _counters(root:str|Path)->list[Path]:
     "Readable counters of whole packages"
     def readable(p):
@@ -227,7 +227,7 @@ def energy_per_answer(
         total += d if d>=0 else d + int((p.parent/'max_energy_range_uj').read_text()) # the counter went round
     return {'joules':total/1e6/runs, 'said':f'RAPL, {len(files)} package(s), {runs} answers, idle power included'}
 
-# %% ../../nbs/53_deploy.bench.ipynb #1c409d2c
+# %% ../../nbs/53_deploy.bench.ipynb #b86db850
 def save_bench(
     table:pd.DataFrame, # of `bench`
     path:str|Path, # a .json file, written whole or not at all
@@ -259,7 +259,7 @@ def plot_latency(
            title=f'{table.p50_ms.idxmin()} is fastest ({threads} thread)')
     return ax
 
-# %% ../../nbs/53_deploy.bench.ipynb #268615c1
+# %% ../../nbs/53_deploy.bench.ipynb #e3494d08
 def plot_batches(
     table:pd.DataFrame, # of `bench_batches`
     *,
@@ -267,7 +267,8 @@ def plot_batches(
 )->Axes: # a line for each network and engine
     "Milliseconds for each picture against pictures at a time"
     if ax is None: ax = Figure(figsize=(5,3), layout='constrained').subplots()
-    for name,part in table.groupby('network', sort=False): ax.plot(part.batch, part.ms_per_picture, 'o-', ms=4, label=name)
+    for name,part in table.groupby('network', sort=False):
+        ax.plot(part.batch, part.ms_per_picture, 'o-', ms=4, label=name)
     best = table.loc[table.ms_per_picture.idxmin()]
     ax.set(xlabel='pictures at a time', ylabel='processor time for each picture, ms', ylim=(0, None),
            title=f'{best.network} × {best.batch} is cheapest')

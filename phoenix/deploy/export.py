@@ -65,7 +65,7 @@ def _tidy(model:ModelProto, snakes:set[str])->ModelProto:
     onnx.helper.set_model_props(model, {'sampling':json.dumps(sampling), 'pixels':'[0, 1]'})
     return model
 
-# %% ../../nbs/51_deploy.export.ipynb #c981ecd2
+# %% ../../nbs/51_deploy.export.ipynb #d61b37aa
 Norms = nn.modules.batchnorm._BatchNorm
 
 def followed_norms(
@@ -85,7 +85,7 @@ def followed_norms(
         for h in hooks: h.remove()
     return found
 
-# %% ../../nbs/51_deploy.export.ipynb #07cc88b6
+# %% ../../nbs/51_deploy.export.ipynb #b9d998f7
 def bare_norm(
     norm:nn.Module, # a norm that was folded into its convolution
 )->nn.Module: # its dropout and activation, or the identity
@@ -94,7 +94,7 @@ def bare_norm(
     kept = [m for m in kept if not isinstance(m, nn.Identity)]
     return nn.Sequential(*kept) if kept else nn.Identity()
 
-# %% ../../nbs/51_deploy.export.ipynb #40ab2136
+# %% ../../nbs/51_deploy.export.ipynb #24abd8c2
 def scale_and_shift(
     norm:nn.Module, # a batch norm in evaluation mode
 )->tuple[Tensor,Tensor]: # `(C,)` each
@@ -121,7 +121,7 @@ class StandingNorm(nn.Module):
         shape = (1, -1, *[1]*(x.ndim-2))
         return self.after(x*self.scale.view(shape) + self.shift.view(shape))
 
-# %% ../../nbs/51_deploy.export.ipynb #bffc8fe1
+# %% ../../nbs/51_deploy.export.ipynb #9910b86d
 def fold_norms(
     model:nn.Module, # in evaluation mode; left untouched
     x:Tensor, # images to run it on, `(B,C,h,w)`
@@ -155,7 +155,7 @@ def _trace(model:nn.Module, x:Tensor, free:str, opset:int)->ModelProto:
                                      dynamic_shapes=shapes, opset_version=opset, verbose=False).model_proto
     finally: log.setLevel(level)
 
-# %% ../../nbs/51_deploy.export.ipynb #6ff24bef
+# %% ../../nbs/51_deploy.export.ipynb #d99793ef
 def _sampled(model:nn.Module, snakes:str, free:str)->tuple[nn.Module,set[str]]:
     "The network with its snakes told how to sample, and the ways they do; refuses a free size where it can't be"
     if free not in FREE or snakes not in ('', 'matrix', 'deform'):
@@ -200,7 +200,7 @@ def node_census(
     nodes = onnx.load(path, load_external_data=False).graph.node
     return dict(collections.Counter(n.op_type for n in nodes).most_common())
 
-# %% ../../nbs/51_deploy.export.ipynb #03f6e25b
+# %% ../../nbs/51_deploy.export.ipynb #1df477ff
 def idle_nodes(
     path:str|Path, # an ONNX file
 )->list[str]: # 'operator name' of each; empty for a simplified graph
@@ -213,7 +213,7 @@ def idle_nodes(
     idle += [n for n in nodes if n.op_type=='BatchNormalization']
     return [f'{n.op_type} {n.name}' for n in idle]
 
-# %% ../../nbs/51_deploy.export.ipynb #bd0938f6
+# %% ../../nbs/51_deploy.export.ipynb #605be0e7
 def fused_census(
     path:str|Path, # an ONNX file
 )->dict[str,int]: # operator → number of nodes, most frequent first

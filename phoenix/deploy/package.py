@@ -211,7 +211,7 @@ class Package:
     hashes:dict[str,str] # sha256 by file name, as verified
     info:dict[str,Any] # model.json
     preprocess:Preprocess # the object that makes images for this model
-    _sessions:dict = field(default_factory=dict, repr=False, compare=False) # opened networks by runtime, threads and engine
+    _sessions:dict = field(default_factory=dict, repr=False, compare=False) # opened: runtime, threads, engine
 
     @property
     def classes(self): return self.info["classes"]
@@ -323,7 +323,7 @@ def _identity(package):
     "What ties a network to a model: its class order and its weights"
     return {"phoenix.classes": json.dumps(package.classes), "phoenix.weights": package.hashes["model.safetensors"]}
 
-# %% ../../nbs/50_deploy.package.ipynb #1b13f3d6
+# %% ../../nbs/50_deploy.package.ipynb #cf273083
 def add_engine(
     folder:str|Path, # a model folder
     runtime:Literal["fp32","int8"], # which network
@@ -370,7 +370,7 @@ def _identified(package, runtime, data):
     if not _identity(package).items() <= props.items():
         raise PackageError(f"{RUNTIMES[runtime]} must be made from these weights and classes; export it again")
 
-# %% ../../nbs/50_deploy.package.ipynb #ad9883d7
+# %% ../../nbs/50_deploy.package.ipynb #e630f5d7
 @patch
 def session(self:Package,
     runtime:Literal["fp32","int8"]="int8", # which network

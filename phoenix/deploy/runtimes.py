@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.runtimes.html.md"""
 # %% auto #0
 __all__ = ['check_engine_parity', 'certify_engine', 'tensorrt_command', 'build_tensorrt']
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #51998323
+# %% ../../nbs/51b_deploy.runtimes.ipynb #dd0d7216
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +20,7 @@ from .engines import check_engine, open_network
 from .package import Package, add_engine, softmax
 from ..settings import PhoenixError
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #ba07d420
+# %% ../../nbs/51b_deploy.runtimes.ipynb #cb97da29
 def _both(package:Package, runtime:str, engine:str, x:np.ndarray)->tuple[np.ndarray,np.ndarray]:
     "Logits of a batch by ONNX Runtime, certified, and by an engine that is not yet"
     key = runtime, 1, f'{engine} on trial'
@@ -30,7 +30,7 @@ def _both(package:Package, runtime:str, engine:str, x:np.ndarray)->tuple[np.ndar
     s = package._sessions[key]
     return package.logits(x, runtime), s.run(None, {s.get_inputs()[0].name:x})[0]
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #e2a10c6a
+# %% ../../nbs/51b_deploy.runtimes.ipynb #2f032220
 def check_engine_parity(
     package:Package, # with a certified network
     images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1], real ones if there are any
@@ -57,7 +57,7 @@ def check_engine_parity(
     return {'engine':engine, 'images':len(images), 'largest_difference':far, 'same_class':least,
             'max_abs_prob_change':gap, 'rule':rule, 'ok':bool(ok)}
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #012ff30a
+# %% ../../nbs/51b_deploy.runtimes.ipynb #2c6396da
 def certify_engine(
     package:Package, # with a certified network
     images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1]
@@ -70,7 +70,7 @@ def certify_engine(
     add_engine(package.path, runtime, engine, parity)
     return parity
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #5bbb97bf
+# %% ../../nbs/51b_deploy.runtimes.ipynb #7d6e1241
 def tensorrt_command(
     network:str|Path, # file of `export_onnx`
     into:str|Path, # the engine file to make
@@ -94,7 +94,7 @@ def tensorrt_command(
               for k,n in (('min', 1), ('opt', min(8, batch)), ('max', batch))]
     return ['trtexec', f'--onnx={network}', f'--saveEngine={into}', *shapes, *flags, '--skipInference']
 
-# %% ../../nbs/51b_deploy.runtimes.ipynb #79e839c4
+# %% ../../nbs/51b_deploy.runtimes.ipynb #f7363038
 def build_tensorrt(
     network:str|Path, # file of `export_onnx`
     into:str|Path, # the engine file to make
