@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.pipeline.html.md"""
 # %% auto #0
 __all__ = ['F32', 'F64', 'Graph', 'I64', 'check_expressible', 'prepare_into', 'export_pipeline', 'check_pipeline']
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #33234002
+# %% ../../nbs/51a_deploy.pipeline.ipynb #8732995f
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from .package import RUNTIMES, Package, softmax
 from ..records import write_bytes
 from ..settings import PhoenixError
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #f0be33e1
+# %% ../../nbs/51a_deploy.pipeline.ipynb #00ca68f7
 class Graph:
     "Nodes and constants that are written down one operator at a time"
     def __init__(self,
@@ -47,7 +47,7 @@ class Graph:
         self.nodes.append(helper.make_node(op, names, [self.name(op)], name=self.name('node'), **attributes))
         return self.nodes[-1].output[0]
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #4cb3eaf0
+# %% ../../nbs/51a_deploy.pipeline.ipynb #e7582d1e
 F32, F64 = np.float32, np.float64
 
 def I64(
@@ -60,7 +60,7 @@ def _to(g:Graph, x:str, kind:type)->str:
     "Cast to a type of NumPy"
     return g('Cast', x, to=helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #4b8783b8
+# %% ../../nbs/51a_deploy.pipeline.ipynb #bc30bc80
 def _wide(g:Graph, x:str, n:int)->str:
     "`(N,1)` as `(N,1,…)` with `n` axes"
     return g('Reshape', x, I64(-1, *[1]*(n-1)))
@@ -69,7 +69,7 @@ def _sides(g:Graph, x:str)->list[str]:
     "Height and width as float64 scalars"
     return [_to(g, g('Squeeze', g('Shape', x, start=i, end=i+1)), F64) for i in (2, 3)]
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #f6460cc1
+# %% ../../nbs/51a_deploy.pipeline.ipynb #cddd3390
 def _histogram(g:Graph, levels:str, weights:str)->str:
     "Sum of weights `(N,M)` at each of 256 levels `(N,M)`: `(N,256)` float64"
     shape = g('Concat', g('Shape', levels, start=0, end=1), I64(256), axis=0)
@@ -81,7 +81,7 @@ def _rank(g:Graph, below:str, share:float)->str:
     wanted = g('Mul', g('Gather', below, I64(255), axis=1), F64(share))
     return g('ReduceSum', _to(g, g('Less', below, wanted), F64), I64(1), keepdims=1)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #14d96eee
+# %% ../../nbs/51a_deploy.pipeline.ipynb #33a1b66d
 def _clipped(g:Graph, x:str, percentile:float)->str:
     "`clip_range` of bytes `(N,1,H,W)`, as float32"
     levels = _to(g, g('Flatten', x), np.int64)
@@ -91,7 +91,7 @@ def _clipped(g:Graph, x:str, percentile:float)->str:
     table = g('Min', g('Round', step), F64(255))
     return _to(g, g('Reshape', g('GatherElements', table, levels, axis=1), g('Shape', x)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #566e37ce
+# %% ../../nbs/51a_deploy.pipeline.ipynb #dcdc3afa
 def _grid(g:Graph, first:str, last:str, column:bool)->str:
     "Whole numbers from `first` up to `last`, as a column or a row, float64"
     return g('Unsqueeze', g('Range', first, last, F64(1)), I64(1 if column else 0))
@@ -104,7 +104,7 @@ def _area(g:Graph, big:str, small:str)->str:
     lower = g('Max', g('Mul', i, step), j)
     return _to(g, g('Div', g('Max', g('Sub', upper, lower), F64(0)), step), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #f9b6db90
+# %% ../../nbs/51a_deploy.pipeline.ipynb #3c59b40d
 def _distances(g:Graph, old:str, new:str)->str:
     "How far each of `new` pixels lies from each of `old` ones and two more at both ends, `(new,old+4)`"
     i = _grid(g, g.constant(F64(0)), new, True)
@@ -116,7 +116,7 @@ def _linear(g:Graph, old:str, new:str)->str:
     "Matrix of linear interpolation"
     return _to(g, g('Max', g('Sub', F64(1), _distances(g, old, new)), F64(0)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #42617d7c
+# %% ../../nbs/51a_deploy.pipeline.ipynb #67262352
 def _cubic(g:Graph, old:str, new:str)->str:
     "Matrix of cubic interpolation with a = −0.75"
     d = _distances(g, old, new)
@@ -132,7 +132,7 @@ def _product(g:Graph, x:str, rows:str, columns:str)->str:
     "Rows from the left, columns from the right"
     return g('MatMul', g('MatMul', rows, x), g('Transpose', columns, perm=[1,0]))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #2e84dc18
+# %% ../../nbs/51a_deploy.pipeline.ipynb #51c95888
 def _shrunk(g:Graph, x:str, sides:list[str], new:list[str])->str:
     "By area to whole grey levels; an exact half is rounded as OpenCV does it, up where both sides halve, else to even"
     y = _product(g, x, *[_area(g, a, b) for a,b in zip(sides, new)])
@@ -144,7 +144,7 @@ def _interpolated(g:Graph, x:str, sides:list[str], new:list[str], kind)->str:
     wide = g('Pad', x, I64(0,0,2,2,0,0,2,2), mode='edge')
     return _product(g, wide, *[kind(g, a, b) for a,b in zip(sides, new)])
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #a029eb05
+# %% ../../nbs/51a_deploy.pipeline.ipynb #b5951b21
 def _disc(radius:int)->np.ndarray:
     "A disc as a kernel `(1,1,k,k)`"
     y, x = np.ogrid[-radius:radius+1, -radius:radius+1]
@@ -154,14 +154,14 @@ def _dilated(g:Graph, m:str, radius:int)->str:
     "Where a 1 is in reach"
     return _to(g, g('Greater', g('Conv', m, _disc(radius), pads=[radius]*4), F32(.5)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #393ee941
+# %% ../../nbs/51a_deploy.pipeline.ipynb #b9d9d964
 def _inverse(g:Graph, m:str)->str: return g('Sub', F32(1), m)
 
 def _eroded(g:Graph, m:str, radius:int)->str:
     "Where no 0 is in reach"
     return _inverse(g, _dilated(g, _inverse(g, m), radius))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #1aeb5d07
+# %% ../../nbs/51a_deploy.pipeline.ipynb #a68b0607
 def _blurred(g:Graph, x:str)->str:
     "Gaussian blur of σ 1, whole grey levels"
     k = F32([1,14,62,102,62,14,1])
@@ -178,7 +178,7 @@ def _bright(g:Graph, x:str)->str:
     level = g('Add', low, g('Mul', g('Sub', high, low), F64(.1)))
     return _to(g, g('Greater', _to(g, x, F64), _wide(g, level, 4)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #8f5104d9
+# %% ../../nbs/51a_deploy.pipeline.ipynb #ffe2b833
 def _spread(g:Graph, seed:str, within:str)->str:
     "Largest label in reach by steps to the four neighbours inside of `within`"
     b, into = Graph(g.name('spread/')), g.name('label')
@@ -194,7 +194,7 @@ def _spread(g:Graph, seed:str, within:str)->str:
     body = helper.make_graph(b.nodes, g.name('body'), ins, outs, b.constants)
     return g('Loop', '', np.array(True), seed, body=body)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #54adbf93
+# %% ../../nbs/51a_deploy.pipeline.ipynb #f99d45af
 def _grown(g:Graph, m:str, old:list[str], new:list[str])->str:
     "A mask of 0 and 1 in another size, 1 where linear interpolation of bytes is above 127"
     wide = g('Pad', g('Mul', m, F32(255)), I64(0,0,0,2,0,0,0,2), mode='edge')
@@ -211,7 +211,7 @@ def _grown(g:Graph, m:str, old:list[str], new:list[str])->str:
     both = g('Add', row(0, g('Sub', F64(2048), share)), row(1, share))
     return _to(g, g('Greater', g('Floor', g('Div', g('Add', both, F64(2)), F64(4))), F64(127)), F32)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #050ef3c6
+# %% ../../nbs/51a_deploy.pipeline.ipynb #6e0fde4d
 def _piece(g:Graph, m:str)->str:
     "The largest of the connected pieces of a mask `(N,1,h,w)`"
     shape, count = g('Shape', m), g('Size', g('Slice', m, I64(0), I64(1), I64(0)))
@@ -226,7 +226,7 @@ def _piece(g:Graph, m:str)->str:
     best = _wide(g, _to(g, g('ArgMax', sizes, axis=1), F32), 4)
     return g('Mul', _to(g, g('Equal', label, best), F32), m)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #c80371a2
+# %% ../../nbs/51a_deploy.pipeline.ipynb #2ff1a5b9
 def _filled(g:Graph, m:str)->str:
     "A piece, closed by a disc of radius 4, without holes"
     wide = g('Pad', m, I64(0,0,9,9,0,0,9,9))
@@ -246,7 +246,7 @@ def _head(g:Graph, x:str)->str:
     tight = _eroded(g, _filled(g, _piece(g, opened)), 1)
     return _grown(g, tight, small, sides)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #8a3ec3b2
+# %% ../../nbs/51a_deploy.pipeline.ipynb #b00b9ae5
 def _zscored(g:Graph, x:str, mask:str)->str:
     "Head to 0…255 by its mean and spread, air to 0"
     levels, grey = _to(g, g('Flatten', x), np.int64), np.arange(256, dtype=F64)[None]
@@ -261,7 +261,7 @@ def _zscored(g:Graph, x:str, mask:str)->str:
     y = _to(g, g('Reshape', g('GatherElements', table, levels, axis=1), g('Shape', x)), F32)
     return g('Mul', y, mask)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #ae0ac20e
+# %% ../../nbs/51a_deploy.pipeline.ipynb #ce135419
 def _resized(g:Graph, x:str, size:tuple[int,int])->str:
     "Area when smaller, bicubic when larger"
     sides, new = _sides(g, x), [g.constant(F64(n)) for n in size]
@@ -269,7 +269,7 @@ def _resized(g:Graph, x:str, size:tuple[int,int])->str:
     cubic = g('Floor', g('Add', _interpolated(g, x, sides, new, _cubic), F32(.5)))
     return g('Where', smaller, _shrunk(g, x, sides, new), g('Clip', cubic, F32(0), F32(255)))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #32f95e2e
+# %% ../../nbs/51a_deploy.pipeline.ipynb #81a41d6d
 def check_expressible(
     p:Preprocess, # of a model
 )->None:
@@ -279,7 +279,7 @@ def check_expressible(
     if odd: raise PhoenixError("preprocessing must be clip, z-score or range, and resize to go into the graph, got "
                                f"{odd}: serve the model folder, or train without.")
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #1d07d697
+# %% ../../nbs/51a_deploy.pipeline.ipynb #1c16dff8
 def prepare_into(
     g:Graph, # gets the nodes
     p:Preprocess, # of a model
@@ -294,7 +294,7 @@ def prepare_into(
     x = g('Div', _resized(g, x, p.size), F32(255))
     return g('Concat', *[x]*channels, axis=1) if channels>1 else x
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #c386602f
+# %% ../../nbs/51a_deploy.pipeline.ipynb #0054131b
 def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float)->None:
     "Put preprocessing before a network, and temperature and softmax behind it"
     old, logits = graph.input[0].name, graph.output[0]
@@ -311,7 +311,7 @@ def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float)->None:
     graph.input.append(helper.make_tensor_value_info('image', TensorProto.UINT8, ['batch', 1, 'height', 'width']))
     graph.output.append(helper.make_tensor_value_info('probs', TensorProto.FLOAT, ['batch', classes]))
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #2e66bd9a
+# %% ../../nbs/51a_deploy.pipeline.ipynb #bf83eb27
 def export_pipeline(
     package:Package, # model folder with a certified network
     path:str|Path, # where the file goes, written whole or not at all
@@ -336,7 +336,7 @@ def export_pipeline(
     write_bytes(path, model.SerializeToString(deterministic=True))
     return Path(path)
 
-# %% ../../nbs/51a_deploy.pipeline.ipynb #95cabaa9
+# %% ../../nbs/51a_deploy.pipeline.ipynb #ca547746
 def check_pipeline(
     package:Package, # the model folder the file was made from
     path:str|Path, # file of `export_pipeline`
