@@ -43,7 +43,7 @@ def trained(name, x, y, steps):
     "A network that was trained for a few steps, so that its answers differ and an attack has something to climb"
     torch.manual_seed(0)
     net = create_model(name, 4)
-    optimiser = torch.optim.AdamW(net.parameters(), 2e-3)
+    optimiser = torch.optim.AdamW(net.parameters(), 5e-3)
     for i in range(steps):
         at = np.random.default_rng(i).choice(len(x), min(16, len(x)), replace=False)
         optimiser.zero_grad()
@@ -82,7 +82,7 @@ def hold(net, x, y, steps, path):
 def test_both_engines_answer_like_the_network_on_phantoms_clean_and_attacked(tmp_path):
     greys, y = phantoms(9)
     x = prepared(greys, 32)
-    path = hold(trained("neurosnake_tiny_ca", x, y, 3), x, y, 2, tmp_path/"m.onnx")
+    path = hold(trained("neurosnake_tiny_ca", x, y, 15), x, y, 2, tmp_path/"m.onnx")
     assert not idle_nodes(path) and "BatchNormalization" not in node_census(path)
 
 
