@@ -49,7 +49,7 @@ class Runner:
         x = self.image if self.preprocess is None else (self.preprocess(self.image)/np.float32(255))[None,None]
         return self.session.run(None, {self.name:x})[0]
 
-# %% ../../nbs/53_deploy.bench.ipynb #efd37894
+# %% ../../nbs/53_deploy.bench.ipynb #458df8b7
 def _first(path:str, key:str)->str:
     "The value of a line `key : value` of a file of Linux, '' without one"
     if not Path(path).is_file(): return ''
@@ -68,7 +68,7 @@ def circumstances(
             'load':[round(o, 2) for o in os.getloadavg()] if hasattr(os, 'getloadavg') else None,
             'versions':{k:_version(k) for k in ('onnxruntime', 'openvino', 'torch')}}
 
-# %% ../../nbs/53_deploy.bench.ipynb #cfb23781
+# %% ../../nbs/53_deploy.bench.ipynb #a91b3540
 def _row(name:str, call:Callable, wall:list[float], spent:list[float], warmup:int)->dict:
     "One line of the table, from times in ms"
     p50, p95, p99 = np.percentile(wall, (50, 95, 99))
@@ -121,7 +121,7 @@ class Answering:
         x = self.package.images([self.image]) if self.ready is None else self.ready
         return self.package.logits(x, self.runtime, self.threads, self.engine)
 
-# %% ../../nbs/53_deploy.bench.ipynb #29ce1590
+# %% ../../nbs/53_deploy.bench.ipynb #ff14ac1a
 def _networks(package:Package, engines:Sequence[str])->list[tuple[str,str]]:
     "Network and engine of everything certified, or what is asked for of it"
     if not package.runtimes:
@@ -150,7 +150,7 @@ def bench_package(
         calls[f'{r} {e} network alone'] = Answering(package, r, image, threads, ready, e)
     return bench(calls, warmup=warmup, runs=runs)
 
-# %% ../../nbs/53_deploy.bench.ipynb #4c2e7441
+# %% ../../nbs/53_deploy.bench.ipynb #834ea2b8
 def bench_batches(
     package:Package, # model folder with at least one certified network
     image:str|Path, # a picture, repeated
@@ -173,13 +173,15 @@ def bench_batches(
     table['ms_per_picture'] = table.cpu_p50_ms/table.batch
     return table
 
-# %% ../../nbs/53_deploy.bench.ipynb #5e2979e8
-_COLD = """import json, resource, sys, time
+# %% ../../nbs/53_deploy.bench.ipynb #e479814b
+_COLD = """import json, os, resource, sys, time
 from phoenix.deploy.package import load_package
 folder, image, runtime, engine, threads = sys.argv[1:]
 imported = time.process_time()
 load_package(folder).predict([image], runtime, engine=engine, threads=int(threads))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+if os.path.exists('/proc/self/status'): # rusage on Linux starts from the parent's peak
+    peak = next(int(o.split()[1])/2**10 for o in open('/proc/self/status') if o.startswith('VmHWM'))
+else: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 print(json.dumps(dict(import_cpu_s=imported, cpu_s=time.process_time(), peak_mib=peak)))"""
 
 def cold_start(
@@ -202,7 +204,7 @@ def cold_start(
         rows.append({'wall_s':time.perf_counter()-start, **json.loads(done.stdout)})
     return {k:float(np.median([r[k] for r in rows])) for k in rows[0]}
 
-# %% ../../nbs/53_deploy.bench.ipynb #87e7f8ca
+# %% ../../nbs/53_deploy.bench.ipynb #d1f25640
 def _counters(root:str|Path)->list[Path]:
     "Readable counters of whole packages"
     def readable(p):
@@ -227,7 +229,7 @@ def energy_per_answer(
         total += d if d>=0 else d + int((p.parent/'max_energy_range_uj').read_text()) # the counter went round
     return {'joules':total/1e6/runs, 'said':f'RAPL, {len(files)} package(s), {runs} answers, idle power included'}
 
-# %% ../../nbs/53_deploy.bench.ipynb #b86db850
+# %% ../../nbs/53_deploy.bench.ipynb #5c35fb64
 def save_bench(
     table:pd.DataFrame, # of `bench`
     path:str|Path, # a .json file, written whole or not at all
@@ -259,7 +261,7 @@ def plot_latency(
            title=f'{table.p50_ms.idxmin()} is fastest ({threads} thread)')
     return ax
 
-# %% ../../nbs/53_deploy.bench.ipynb #e3494d08
+# %% ../../nbs/53_deploy.bench.ipynb #a9597685
 def plot_batches(
     table:pd.DataFrame, # of `bench_batches`
     *,
