@@ -48,7 +48,7 @@ def test_int8_stays_close(name, tmp_path):
 
 def test_rectangles_channels_and_fixed_batch(tmp_path):
     net = used('neurosnake_tiny_none', (40, 72), 2, 3)
-    path = export_onnx(net, tmp_path/'m.onnx', size=(40, 72), c_in=3, dynamic=False)
+    path = export_onnx(net, tmp_path/'m.onnx', size=(40, 72), c_in=3, free='none')
     assert make_session(path).get_inputs()[0].shape == [1, 3, 40, 72]
     assert check_parity(net, path, patterns(3, (40, 72), 4, 3), batches=(1,)).ok
 

@@ -19,8 +19,9 @@ def phoenix(*args, cwd):
 
 
 def smokes():
-    "Every experiment; the benchmarks' smoke runs at night"
-    return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if nb.name[0] == "b" else ()) for nb in experiments()]
+    "Every experiment; those that only time something run at night"
+    def timing(nb): return nb.name[0] == "b" or "latency" in nb.name
+    return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if timing(nb) else ()) for nb in experiments()]
 
 
 @pytest.mark.parametrize("nb", smokes())

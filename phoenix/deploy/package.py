@@ -6,19 +6,19 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.package.html.md"""
 
 # %% auto #0
 __all__ = ['FILES', 'EXTRAS', 'RUNTIMES', 'PackageError', 'verify_package', 'save_package', 'Package', 'load_package', 'seal_of',
-           'add_runtime', 'Answer', 'softmax']
+           'add_runtime', 'add_engine', 'Answer', 'softmax']
 
 # %% ../../nbs/50_deploy.package.ipynb #9573228e
 import dataclasses, json, shutil, uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
 import onnx
-import onnxruntime as ort
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_weights, save as save_weights
@@ -26,6 +26,7 @@ from safetensors.numpy import load as load_weights, save as save_weights
 import phoenix
 from ..data.pixels import read_pixels
 from ..data.preprocess import Preprocess
+from .engines import check_engine, engine_times, open_network
 from ..records import read_json, sha256_bytes, sha256_file, write_bytes, write_json, write_text
 from ..settings import PhoenixError, did_you_mean
 
@@ -211,7 +212,7 @@ class Package:
     hashes:dict[str,str] # sha256 by file name, as verified
     info:dict[str,Any] # model.json
     preprocess:Preprocess # the object that makes images for this model
-    _sessions:dict = field(default_factory=dict, repr=False, compare=False) # opened networks by runtime and threads
+    _sessions:dict = field(default_factory=dict, repr=False, compare=False) # opened: runtime, threads, engine
 
     @property
     def classes(self): return self.info["classes"]
@@ -344,37 +345,98 @@ def _identity(package):
     "What ties a network to a model: its class order and its weights"
     return {"phoenix.classes": json.dumps(package.classes), "phoenix.weights": package.hashes["model.safetensors"]}
 
+# %% ../../nbs/50_deploy.package.ipynb #cf273083
+def add_engine(
+    folder:str|Path, # a model folder
+    runtime:Literal["fp32","int8"], # which network
+    engine:str, # 'openvino'
+    parity:Any, # its certificate with this engine: a dict or dataclass with `ok`
+)->Package: # the folder, verified again
+    "Write down that an engine answers like the weights do, or that it doesn't"
+    _check_runtime(runtime)
+    package = load_package(folder)
+    known = _parity(package.path)
+    if runtime not in known or engine == "onnxruntime":
+        raise PackageError(f"An engine must be added to a network that is certified with onnxruntime, got {engine!r} "
+                           f"for {package.runtimes}; use add_runtime first")
+    known[runtime].setdefault("engines", {})[engine] = _certificate(parity)
+    write_json(package.path/"parity.json", known)
+    _write_card(package.path)
+    _list_hashes(package.path)
+    return load_package(folder)
+
 # %% ../../nbs/50_deploy.package.ipynb #cd355cd7
-def _check_parity(package, runtime, data):
+def _certified(package, runtime):
+    "The certificate of a network, {} without one"
+    return json.loads(package.read("parity.json")).get(runtime, {}) if "parity.json" in package.hashes else {}
+
+
+def _check_parity(package, runtime, engine, data):
     "Refuse a network that is absent, uncertified, or not the one that was certified"
     name = RUNTIMES[runtime]
     if name not in package.hashes:
         raise PackageError(f"The model must hold {name}, it has {package.runtimes}; add it or choose another runtime")
-    p = json.loads(package.read("parity.json")).get(runtime, {})
+    p = _certified(package, runtime)
     if p.get("ok") is not True:
         raise PackageError(f"{name} must have a parity certificate that says ok, it has not; use the other runtime")
     if p.get("sha256") != sha256_bytes(data):
         raise PackageError(f"{name} must be the network that was certified, it is another; certify it again")
     if runtime == "int8" or "seal" in p: _check_seal(name, p)
+    if engine != "onnxruntime" and p.get("engines", {}).get(engine, {}).get("ok") is not True:
+        raise PackageError(f"{name} must have a certificate with {engine} that says ok, it has not; certify that "
+                           "engine, or use onnxruntime")
 
 
+def _identified(package, runtime, data):
+    "Refuse a network that was made from other weights or classes"
+    props = {p.key: p.value for p in onnx.load_model_from_string(data).metadata_props}
+    if not _identity(package).items() <= props.items():
+        raise PackageError(f"{RUNTIMES[runtime]} must be made from these weights and classes; export it again")
+
+# %% ../../nbs/50_deploy.package.ipynb #e630f5d7
 @patch
 def session(self:Package,
     runtime:Literal["fp32","int8"]="int8", # which network
     threads:int=1, # CPU threads
-)->ort.InferenceSession: # opened once, then kept
-    "ONNX Runtime on a certified network of this model"
+    engine:Literal["onnxruntime","openvino","auto"]="onnxruntime", # what runs it; 'auto' is the fastest here
+)->object: # `run(None, {name: x})` and `get_inputs()[0].name`; opened once, then kept
+    "A certified network of this model in one of the engines"
     _check_runtime(runtime)
-    if (runtime, threads) in self._sessions: return self._sessions[runtime, threads]
+    if engine == "auto": engine = next(iter(self.race(runtime, threads)))
+    check_engine(engine)
+    if (runtime, threads, engine) in self._sessions: return self._sessions[runtime, threads, engine]
     data = self.read(RUNTIMES[runtime]) if RUNTIMES[runtime] in self.hashes else b""
-    _check_parity(self, runtime, data)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    if not _identity(self).items() <= session.get_modelmeta().custom_metadata_map.items():
-        raise PackageError(f"{RUNTIMES[runtime]} must be made from these weights and classes; export it again")
-    self._sessions[runtime, threads] = session
-    return session
+    _check_parity(self, runtime, engine, data)
+    _identified(self, runtime, data)
+    self._sessions[runtime, threads, engine] = open_network(data, engine, threads)
+    return self._sessions[runtime, threads, engine]
+
+
+@patch
+def engines(self:Package,
+    runtime:Literal["fp32","int8"]="int8", # which network
+)->list[str]: # of those certified for it
+    "Engines that may run a network"
+    _check_runtime(runtime)
+    p = _certified(self, runtime)
+    more = [k for k, c in p.get("engines", {}).items() if c.get("ok") is True and find_spec(k)]
+    return ["onnxruntime", *more] if p.get("ok") is True else []
+
+
+@patch
+def race(self:Package,
+    runtime:Literal["fp32","int8"]="int8", # which network
+    threads:int=1, # CPU threads
+    runs:int=30, # timed calls of each engine
+)->dict[str,float]: # certified engine → median ms for one picture, the fastest first; measured once
+    "Time the certified engines turn by turn on this machine"
+    if (runtime, threads) not in self._sessions:
+        engines = self.engines(runtime) or ["onnxruntime"]
+        sessions = {e: self.session(runtime, threads, e) for e in engines}
+        image = np.zeros((1, self.info["pixels"]["channels"], *self.preprocess.size), np.float32)
+        alone = len(sessions) == 1
+        self._sessions[runtime, threads] = {engines[0]: 0.} if alone else engine_times(sessions, image, runs)
+    return self._sessions[runtime, threads]
 
 # %% ../../nbs/50_deploy.package.ipynb #8e1baaff
 @dataclass(frozen=True)
@@ -415,9 +477,10 @@ def logits(self:Package,
     x:np.ndarray, # (N,C,h,w) float32 in [0,1]
     runtime:Literal["fp32","int8"]="int8", # which network
     threads:int=1, # CPU threads
+    engine:Literal["onnxruntime","openvino","auto"]="onnxruntime", # what runs it
 )->np.ndarray: # (N,K) float32
     "The network's answers to prepared images"
-    session = self.session(runtime, threads)
+    session = self.session(runtime, threads, engine)
     out = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x, np.float32)})[0]
     if out.shape != (len(x), len(self.classes)) or not np.isfinite(out).all():
         want = (len(x), len(self.classes))
@@ -449,14 +512,15 @@ def predict(self:Package,
     threshold:float|None=None, # abstain below this probability; the model's own when None
     batch_size:int=32, # pictures at a time
     threads:int=1, # CPU threads
+    engine:Literal["onnxruntime","openvino","auto"]="onnxruntime", # what runs it
 )->list[Answer]: # in the order of `paths`
     "Classify pictures, or abstain and say why; torch is not needed"
-    self.session(runtime, threads)
+    self.session(runtime, threads, engine)
     threshold, answers = self.threshold if threshold is None else threshold, []
     for start in range(0, len(paths), batch_size):
         batch = [_read(self, p) for p in paths[start:start + batch_size]]
         ready = [x for _, x, _ in batch if x is not None]
-        probs = iter(softmax(self.logits(np.concatenate(ready), runtime, threads)) if ready else ())
+        probs = iter(softmax(self.logits(np.concatenate(ready), runtime, threads, engine)) if ready else ())
         answers += [Answer(p, None, {}, True, why) if x is None else _answer(p, next(probs), self.classes, threshold)
                     for p, x, why in batch]
     return answers
@@ -469,8 +533,9 @@ def probs(self:Package,
     *,
     batch_size:int=32, # pictures at a time
     threads:int=1, # CPU threads
+    engine:Literal["onnxruntime","openvino","auto"]="onnxruntime", # what runs it
 )->np.ndarray: # (N,K) float64, columns in the model's class order
     "Probabilities for an evaluation: every picture must be readable, none is left out"
     starts = range(0, len(paths), batch_size)
-    parts = [self.logits(self.images(paths[i:i + batch_size]), runtime, threads) for i in starts]
+    parts = [self.logits(self.images(paths[i:i + batch_size]), runtime, threads, engine) for i in starts]
     return softmax(np.concatenate(parts)) if parts else np.zeros((0, len(self.classes)))
