@@ -118,7 +118,7 @@ def _bytes(x):
     if isinstance(x, str): return x.encode()
     return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x).tobytes()
 
-
+# %% ../nbs/01_keys.ipynb #e2d3b711
 def check_deterministic(
     f:Callable[[], Any], # called twice, without arguments
 )->Any: # what the first call returned

@@ -78,7 +78,7 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-
+# %% ../nbs/02_records.ipynb #5f0726b3
 @contextmanager
 def whole_file(
     path:Path, # the file to make or replace; its folder is made when absent
@@ -160,7 +160,7 @@ def _cpu():
     return {"name": names[0] if names else platform.processor(), "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total/2**30, 1)}
 
-
+# %% ../nbs/02_records.ipynb #7e7c2147
 def provenance()->dict: # git, packages, python, system, cpu, gpu, threads, time
     "The circumstances of a result, without paths, user or host names"
     torch = sys.modules.get("torch")
@@ -261,7 +261,7 @@ def file(self:Run,
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-
+# %% ../nbs/02_records.ipynb #8b85c985
 @patch
 def cell(self:Run,
     k:int, # number of the cell that starts now, from 1
@@ -329,7 +329,7 @@ def _listing(folder):
     return {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(folder.rglob("*"))
             if p.is_file() and p.name != "seal.json"}
 
-
+# %% ../nbs/02_records.ipynb #e6e92baa
 @patch
 def seal(self:Run)->str: # sha256 of seal.json: the run's hash
     "End the run: list the sha256 of every file, and say whether it is evidence"

@@ -194,6 +194,7 @@ _WANTED = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "S
            "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
            "VOILUTSequence", "PhotometricInterpretation", "BitsStored", "PixelRepresentation")
 
+# %% ../../nbs/10b_data.dicom.ipynb #675b2e52
 def _frame(ds, k):
     "What is true of frame `k`: the file's own elements, then the shared and the per-frame functional groups"
     flat, sources = _pydicom().Dataset(), [ds]

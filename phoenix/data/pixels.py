@@ -166,6 +166,7 @@ def _symbols(body):
         yield body[0], body[17:n]
         body = body[n:]
 
+# %% ../../nbs/10_data.pixels.ipynb #36ee5428
 def _has_no_colour(data):
     "Whether the header of a JPEG proves that its colour channels hold nothing"
     frame, scan, tables = b"", b"", {}

@@ -43,7 +43,7 @@ VOLUME_KINDS = {
     "orientation": "left and right are unknown or contradictory",
     "non_finite": "voxels that are not finite"}
 
-
+# %% ../../nbs/10a_data.volumes.ipynb #7189947e
 class VolumeError(PhoenixError):
     "A file that gives no volume; `kind` is the short name of the reason"
     def __init__(self,
