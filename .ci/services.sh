@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a command beside a throwaway PostgreSQL: .ci/services.sh COMMAND...
 # The server listens on a socket in a temporary folder alone, runs as another user than root, and is gone at the end.
-# Tests find it by PHOENIX_TEST_POSTGRES. Without a server the command runs all the same, and those tests say so.
+# Tests find it by TEST_POSTGRES_URL. Without a server the command runs all the same, and those tests say so.
 # The command's output stays last, and its exit status is this script's.
 set -uo pipefail
 
@@ -45,7 +45,7 @@ start() {
     kill -0 "$server" 2>/dev/null || return 1
     sleep .2
   done
-  export PHOENIX_TEST_POSTGRES="postgresql+psycopg://phoenix@/postgres?host=$folder"
+  export TEST_POSTGRES_URL="postgresql+psycopg://phoenix@/postgres?host=$folder"
 }
 
 stop() {  # silent: what the command printed stays last
@@ -58,9 +58,9 @@ server= folder=
 trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-if [ -z "${PHOENIX_TEST_POSTGRES:-}" ]; then
+if [ -z "${TEST_POSTGRES_URL:-}" ]; then
   if [ -z "$(binaries)" ]; then install >/dev/null 2>&1 || true; fi
   if start; then echo "services: PostgreSQL answers in $folder"
-  else echo "services: no PostgreSQL could be started, the tests marked postgres will say so"; unset PHOENIX_TEST_POSTGRES; fi
+  else echo "services: no PostgreSQL could be started, the tests marked postgres will say so"; unset TEST_POSTGRES_URL; fi
 fi
 "$@"

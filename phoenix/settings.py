@@ -96,7 +96,8 @@ class Settings(_Checked):
 
 # %% ../nbs/00_settings.ipynb #2aed94cc
 PROFILES = ("development", "staging", "production")
-NOT_SETTINGS = ("PHOENIX_PROFILE", "PHOENIX_DATA", "PHOENIX_RUN") # names of the environment with other uses
+NOT_SETTINGS = ("PHOENIX_PROFILE", "PHOENIX_DATA", "PHOENIX_RUN", "PHOENIX_STORE", "PHOENIX_SECRET",
+                "PHOENIX_KEY", "PHOENIX_IMAGE") # names of the environment with other uses
 
 
 def find_settings(

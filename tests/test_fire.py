@@ -16,7 +16,7 @@ from phoenix.deploy.load import closed_loop, open_loop, summary
 from serving import Server, answered, picture, post, save_model
 
 pytestmark = pytest.mark.slow
-SECONDS = float(os.environ.get("PHOENIX_FIRE_SECONDS", 60))
+SECONDS = float(os.environ.get("FIRE_SECONDS", 60))
 QUEUE = 32
 
 

@@ -34,7 +34,7 @@ def page(request, browser, server):
     page.on("request", lambda r: page.asked.append(r.url))
     page.goto(server.url)
     yield page
-    shots = os.environ.get("PHOENIX_SHOTS")
+    shots = os.environ.get("PAGE_SHOTS")
     if shots: page.screenshot(path=f"{shots}/{request.node.name.replace('/', '_')}.png", full_page=True)
     page.close()
 

@@ -20,7 +20,7 @@ from phoenix.deploy.package import add_runtime, save_package
 from phoenix.deploy.registry import Answers, Registry, RegistryError, State, Version
 from phoenix.deploy.store import StoreError, open_store, sql
 
-SERVER = os.environ.get("PHOENIX_TEST_POSTGRES", "")
+SERVER = os.environ.get("TEST_POSTGRES_URL", "")
 PROCESS = Path(__file__).with_name("stores_process.py")
 both = pytest.mark.parametrize("url", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True)
 
@@ -32,7 +32,7 @@ def url(request, tmp_path_factory):
         yield f"sqlite:///{tmp_path_factory.mktemp('store')/'serve.db'}"
         return
     if not SERVER:
-        pytest.skip("no PostgreSQL server was found: PHOENIX_TEST_POSTGRES names none (.ci/services.sh starts one)")
+        pytest.skip("no PostgreSQL server was found: TEST_POSTGRES_URL names none (.ci/services.sh starts one)")
     sa, name = sql(), f"phoenix_{uuid.uuid4().hex[:12]}"
     main = sa.create_engine(SERVER, isolation_level="AUTOCOMMIT")
     with main.connect() as c: c.exec_driver_sql(f"CREATE DATABASE {name}")
