@@ -345,3 +345,25 @@ def test_the_commands(tmp_path):
     picture = folder/_part(folder, split, "test").path.iloc[0]
     seen = scan(picture, tmp_path/"model", tmp_path/"out", format=",".join(FORMATS), runtime="fp32", maps=False)
     assert len(seen.data["files"]) == 5 and seen.data["findings"][0]["calibrated"]
+
+
+def test_the_server_says_what_decide_says(package):
+    "A package fitted for decisions answers through the model process with the finding of `decide`, and JSON takes it"
+    from phoenix.deploy.engine import Served, make_model
+    from phoenix.deploy.serve import schemas
+    from phoenix.deploy.service import answer_of
+    key = f"fp32:{package.path}"
+    infer = make_model({"threads": 1, "keys": [key]})
+    greys = [draw(k)[0] for k in (100, 101)] + [np.random.default_rng(1).integers(0, 255, (32, 32)).astype(np.uint8)]
+    ready = [np.rint(package.preprocess(g)).astype(np.uint8) for g in greys]
+    heads = [h for h, _ in infer(key, [{}]*3, [r.tobytes() for r in ready])]
+    facts = infer(key, [{"open": True}], [b""])[0][0]
+    assert facts["finding"] is None, "the canary is no picture"
+    served = Served(key, "m@1", facts["classes"], facts["threshold"], {}, (32, 32), 1, 1, "s", "d", True, False, [])
+    for head, found in zip(heads, decide(package, greys, "fp32")):
+        said = answer_of(served, head, {}, 0)
+        assert (said["state"], said["label"], said["probs"]) == (found.state, found.label, found.probs)
+        assert said["stranger"] == (found.state == "stranger") and said["review"] == found.review
+        assert said["set"] == (None if found.likely is None else list(found.likely))
+        Answer = schemas()["Prediction"].model_fields["answers"].annotation.__args__[0]
+        assert Answer(**json.loads(json.dumps(said))).state == found.state

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.clinical.html.md"""
 # %% auto #0
 __all__ = ['NOTICE', 'ADVICE', 'DecisionError', 'check_wording', 'feature_tensor', 'answer_views', 'prepare', 'halves',
            'Decision', 'fit_decision', 'save_decision', 'read_decision', 'map_check', 'check_package_map', 'Rules',
-           'Finding', 'advice', 'decide']
+           'Finding', 'advice', 'judge_prepared', 'decide']
 
 # %% ../../nbs/54_deploy.clinical.ipynb #3c8271ff
 import json
@@ -419,6 +419,24 @@ def _judge(package, decision, rules, name, logits, features):
         return replace(made, state="stranger", label=None, probs={}, likely=None, coverage=None, reasons=(why,))
     return replace(made, state="abstained", label=None) if p[top] < rules.threshold else made
 
+# %% ../../nbs/54_deploy.clinical.ipynb #c1a0bee7
+def judge_prepared(
+    package:Package, # with a certified network
+    decision:Decision|None, # of `read_decision`
+    x:np.ndarray, # `(C,h,w)` float32 in [0,1], one prepared picture
+    runtime:Literal["fp32","int8"]="int8", # which network
+    *,
+    rules:Rules=Rules(), # noqa: B008  frozen
+    name:str="picture", # what to call it
+    threads:int=1, # CPU threads
+)->Finding: # the same in any company
+    "The finding of a picture that was prepared already, as a server has it"
+    if rules.threshold is None: rules = replace(rules, threshold=package.threshold)
+    tap = decision is not None and (decision.strangers or {}).get("score") == "mahalanobis"
+    views = decision.views if decision else tuple(VIEWS)
+    seen = answer_views(package, x, runtime, names=views, features=tap, threads=threads)
+    return _judge(package, decision, rules, name, *seen)
+
 # %% ../../nbs/54_deploy.clinical.ipynb #00e14c48
 def decide(
     package:Package, # with a certified network; with `decision.json` it can tell more
@@ -431,8 +449,6 @@ def decide(
 )->list[Finding]: # in the order of `images`
     "A finding for each picture, the same in any company"
     decision = read_decision(package, runtime)
-    if rules.threshold is None: rules = replace(rules, threshold=package.threshold)
-    tap = decision is not None and (decision.strangers or {}).get("score") == "mahalanobis"
     package.session(runtime, threads)
     found = []
     for k, image in enumerate(images):
@@ -441,7 +457,5 @@ def decide(
         except (PhoenixError, OSError) as e:
             found.append(Finding(name, "unreadable", None, {}, False, *[None]*7, reasons=(str(e),)))
             continue
-        views = decision.views if decision else tuple(VIEWS)
-        found.append(_judge(package, decision, rules, name, *answer_views(package, x, runtime, names=views,
-                                                                          features=tap, threads=threads)))
+        found.append(judge_prepared(package, decision, x, runtime, rules=rules, name=name, threads=threads))
     return found

@@ -260,6 +260,19 @@ def _facts(package, runtime, threads):
                 synthetic=info["synthetic"], published=info["published"],
                 golden=package.logits(x, runtime, threads)[0].tolist())
 
+# %% ../../nbs/56a_deploy.engine.ipynb #c1a0bee9
+def _judged(package, runtime, threads):
+    "What makes a finding of a prepared picture, where the package was fitted for decisions; else it makes None"
+    if "decision.json" not in package.hashes: return lambda x: None
+    from dataclasses import asdict
+    from phoenix.deploy.clinical import judge_prepared, read_decision
+    decision = read_decision(package, runtime)
+    if decision is None: return lambda x: None
+    def finding(x):
+        f = judge_prepared(package, decision, x, runtime, threads=threads)
+        return asdict(f) | {"review": f.review}
+    return finding
+
 # %% ../../nbs/56a_deploy.engine.ipynb #72ec2956
 def make_model(
     setup:dict, # threads, and the keys of models to open at once
@@ -271,17 +284,19 @@ def make_model(
         if key not in packages:
             runtime, _, folder = key.partition(":")
             package = load_package(folder)
-            packages[key] = package, runtime, _facts(package, runtime, threads)
+            packages[key] = package, runtime, _facts(package, runtime, threads), _judged(package, runtime, threads)
         return packages[key]
     def infer(key, items, parts):
-        try: package, runtime, facts = opened(key)
+        try: package, runtime, facts, judged = opened(key)
         except PhoenixError as e: return [({"error": str(e), "kind": "model"}, b"") for _ in items]
         shape = (facts["slices"], *facts["size"])
         ramp = _ramp(facts["size"], facts["slices"])[0]
         x = [np.frombuffer(p, np.uint8).reshape(shape) if len(p) else ramp for p in parts]
-        logits = package.logits(as_input(np.stack(x), facts["channels"]), runtime, threads)
-        return [({"probs": p.tolist(), "logits": z.tolist()} | (facts if i.get("open") else {}), b"")
-                for i, z, p in zip(items, logits, softmax(logits))]
+        x = as_input(np.stack(x), facts["channels"])
+        logits = package.logits(x, runtime, threads)
+        return [({"probs": p.tolist(), "logits": z.tolist(), "finding": judged(one) if part else None}
+                 | (facts if i.get("open") else {}), b"")
+                for i, z, p, one, part in zip(items, logits, softmax(logits), x, parts)]
     for key in setup["keys"]: opened(key)
     return infer
 

@@ -79,6 +79,12 @@ def _answer_models():
         reason:str
         probs:dict[str, float]
         uncertainty:float = Field(ge=0, le=1, description="entropy / ln K")
+        state:str|None = Field(None, description="named, abstained or stranger")
+        set:list[str]|None = Field(None, description="classes that hold the true one as often as `coverage` says")
+        coverage:float|None = None
+        stranger:bool|None = Field(None, description="unlike the pictures the model was fitted on")
+        review:bool|None = Field(None, description="a person must look")
+        unknown:list[str]|None = Field(None, description="what could not be told")
         slice:int|None = None
         mm:float|None = None
     class Model(BaseModel):
@@ -90,7 +96,7 @@ def _answer_models():
         published:bool
     return Answer, Model
 
-
+# %% ../../nbs/56e_deploy.serve.ipynb #34cd87f8
 def schemas()->dict: # pydantic models by name
     "The models of what the working routes answer"
     from pydantic import BaseModel, Field

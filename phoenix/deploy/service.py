@@ -276,17 +276,26 @@ NOTICE = "Research use only: decision support, not a diagnosis."
 
 def answer_of(
     served:Served, # the version that answered
-    probs:Sequence[float], # `(K,)`
+    head:Mapping, # of the model process: `probs` `(K,)`, and `finding` where the package was fitted for decisions
     about:Mapping, # what the decoder knows of the picture
     index:int, # of the picture in its upload
 )->dict: # JSON types only
     "One answer: a class or an abstention with its reason, probabilities, and entropy / ln K as uncertainty"
-    p = np.asarray(probs)
+    if f := head.get("finding"): return _of_finding(f) | {"index": index, **about}
+    p = np.asarray(head["probs"])
     best, unsure = int(p.argmax()), float(-(p*np.log(np.clip(p, 1e-300, 1))).sum()/np.log(len(p)))
     known = bool(p[best] >= served.threshold)
     reason = "" if known else f"highest probability {p[best]:.3f} is below the threshold {served.threshold:g}"
     return {"index": index, "label": served.classes[best] if known else None, "abstained": not known, "reason": reason,
             "probs": dict(zip(served.classes, p.tolist())), "uncertainty": min(max(unsure, 0.), 1.), **about}
+
+
+def _of_finding(f):
+    "A finding as an answer"
+    return {"label": f["label"], "abstained": f["state"] != "named", "state": f["state"], "probs": f["probs"],
+            "reason": "; ".join(f["reasons"]), "uncertainty": min(max(f["entropy"], 0.), 1.), "review": f["review"],
+            "set": None if f["likely"] is None else list(f["likely"]), "coverage": f["coverage"],
+            "stranger": None if f["strangeness"] is None else f["state"] == "stranger", "unknown": list(f["unknown"])}
 
 # %% ../../nbs/56d_deploy.service.ipynb #b2115726
 def model_of(
@@ -310,15 +319,15 @@ async def _infer(self:Service,
     served:Served, # who answers
     stack:np.ndarray, # `(N,slices,h,w)` uint8
     within_s:float, # after which nobody waits
-)->list[list]: # probabilities of each
-    "Probabilities of pictures, which share batches with those of other requests"
+)->list[dict]: # `probs` and `finding` of each
+    "What the network says of pictures, which share batches with those of other requests"
     futures = []
     try:
         for picture in stack: futures.append(self.engine.infer(served, picture, within_s=within_s))
     except WorkError:
         for f in futures: f.cancel()
         raise
-    return [head["probs"] for head, _ in await _all(futures)]
+    return [head for head, _ in await _all(futures)]
 
 # %% ../../nbs/56d_deploy.service.ipynb #9d1d9790
 @patch
@@ -335,11 +344,11 @@ async def predict(self:Service,
     within = self.options.work_s - (start - asked.start)
     stack, about = stack_of((await _all([self.engine.decode(served, data, pictures=pictures, within_s=within)]))[0])
     decoded = time.perf_counter()
-    probs = await self._infer(served, stack, self.options.work_s - (decoded - asked.start))
+    heads = await self._infer(served, stack, self.options.work_s - (decoded - asked.start))
     inferred = time.perf_counter()
-    answers = [answer_of(served, p, a, i) for i, (p, a) in enumerate(zip(probs, about))]
+    answers = [answer_of(served, h, a, i) for i, (h, a) in enumerate(zip(heads, about))]
     self.count(asked, served, answers, inferred - decoded)
-    if beside: self._spawn(self._beside(key, number, beside, data, probs, pictures))
+    if beside: self._spawn(self._beside(key, number, beside, data, [h["probs"] for h in heads], pictures))
     return {"model": model_of(served), "answers": answers, "trace_id": asked.trace_id, "notice": NOTICE,
             "ms": {"decode": round((decoded - start)*1e3, 2), "model": round((inferred - decoded)*1e3, 2)}}
 
@@ -388,7 +397,7 @@ async def _beside(self:Service,
             unseen = await self._infer(served, stack, self.options.work_s)
             for i, (a, b) in enumerate(zip(probs, unseen)):
                 await self.thread(record, f"{key}.{i}", number, a, shown=True)
-                await self.thread(record, f"{key}.{i}", n, b, shown=False)
+                await self.thread(record, f"{key}.{i}", n, b["probs"], shown=False)
 
 # %% ../../nbs/56d_deploy.service.ipynb #ff2cddb6
 @patch
@@ -407,10 +416,10 @@ async def explain(self:Service,
     async with self.explaining: await self.thread(getattr, self.engine, "explainer")
     future = self.engine.decode(served, data, pictures=1, within_s=self.options.work_s)
     stack, about = stack_of((await _all([future]))[0])
-    probs = (await self._infer(served, stack[:1], self.options.work_s))[0]
-    wanted = served.classes.index(target) if target else int(np.argmax(probs))
+    head = (await self._infer(served, stack[:1], self.options.work_s))[0]
+    wanted = served.classes.index(target) if target else int(np.argmax(head["probs"]))
     said, png = (await _all([self.engine.explain(served, stack[0], map, target=wanted)]))[0]
-    answer = answer_of(served, probs, about[0], 0)
+    answer = answer_of(served, head, about[0], 0)
     self.count(asked, served, [answer], 0.)
     return {"model": model_of(served), "answer": answer, "map": said["map"], "target": served.classes[wanted],
             "stamp": said["stamp"], "tests": said["tests"], "trace_id": asked.trace_id, "notice": NOTICE}, png
