@@ -416,7 +416,7 @@ def open(self:Engine,
     key = f"{runtime}:{Path(folder).resolve()}"
     if key in self.open_models: return self.open_models[key]
     head, _ = self.models.submit(key, {"open": True}, within_s=60).result()
-    facts = {k: v for k, v in head.items() if k not in ("probs", "logits")}
+    facts = {k: v for k, v in head.items() if k not in ("probs", "logits", "finding")}
     served = Served(key, name or Path(folder).name, **facts | {"size": tuple(facts["size"])})
     self.models.setup = self.models.setup | {"keys": [*self.models.setup["keys"], key]}
     self.open_models[key] = served
