@@ -1,14 +1,14 @@
 "The page in a browser: by keyboard alone, on a desk and on a phone; a browser that is absent is said, not passed over"
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 
 from serving import Server, picture, save_model
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"the browser is absent: {CHROMIUM}; "
-                                                   "install Debian's chromium to test the page")]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="the browser is absent: install Debian's "
+                                                   "chromium to test the page")]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def server(tmp_path_factory):
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield b
         b.close()
 
