@@ -19,8 +19,8 @@ def phoenix(*args, cwd):
 
 
 def smokes():
-    "Every experiment; those that only time something run at night"
-    def timing(nb): return nb.name[0] == "b" or "latency" in nb.name
+    "Every experiment; those that time something run at night"
+    def timing(nb): return nb.name[0] == "b" or nb.name[3:] in ("latency", "quantisation", "serving")
     return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if timing(nb) else ()) for nb in experiments()]
 
 
