@@ -19,9 +19,9 @@ def phoenix(*args, cwd):
 
 
 def smokes():
-    "Every experiment; those that time something run at night"
-    def timing(nb): return nb.name[0] == "b" or nb.name[3:] in ("latency", "quantisation", "serving")
-    return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if timing(nb) else ()) for nb in experiments()]
+    "Every experiment; those that time something, and the longest, run at night"
+    def late(nb): return nb.name[0] == "b" or nb.name[3:] in ("explanations", "latency", "quantisation", "serving")
+    return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if late(nb) else ()) for nb in experiments()]
 
 
 @pytest.mark.parametrize("nb", smokes())
