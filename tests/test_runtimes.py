@@ -1,5 +1,7 @@
 """Exported networks on real and attacked pictures, in both engines and at every batch size; pipelines on real pictures."""
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -138,3 +140,29 @@ def test_graphs_are_simple(name, tmp_path):
     print(name, census, fused_census(path))
     assert not idle_nodes(path) and "BatchNormalization" not in census
     assert fused_census(path).get("Relu", 0) < max(census.get("Relu", 0), 1)
+
+
+SIGNALLED = """
+import os, signal, sys
+import numpy as np
+from phoenix.deploy.engines import OpenVinoSession
+signal.signal(signal.SIGCHLD, lambda *a: None)  # any handler of Python's runs on the alternative stack
+kept = []
+for n in range(6):
+    kept.append(OpenVinoSession(sys.argv[1]))
+    for shape in (32, 64, 96): kept[-1].run(None, {'images': np.zeros((1, 1, shape, shape), np.float32)})
+    if n % 2: del kept[0]
+    os.kill(os.getpid(), signal.SIGCHLD)
+kept.clear()
+junk = [bytearray(2**14) for _ in range(4096)]
+for _ in range(50): os.kill(os.getpid(), signal.SIGCHLD)
+print('alive')
+"""
+
+
+def test_a_signal_finds_its_stack_after_openvino_sessions_have_gone(tmp_path):
+    "OpenVINO sets the stack of signal handlers for as long as its core lives: many cores left a stack that was freed"
+    net = export_onnx(create_model("plain_tiny_ca", 4).eval(), tmp_path/"n.onnx", size=32, free="size", c_in=1)
+    name = open_network(net).get_inputs()[0].name
+    done = subprocess.run([sys.executable, "-c", SIGNALLED.replace("'images'", repr(name)), str(net)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["alive"]), done.stderr[-2000:]

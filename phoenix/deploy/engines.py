@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,6 +88,13 @@ def leave_roundings(
     model.graph.node.extend(kept)
     return len(found)
 
+# %% ../../nbs/49d_deploy.engines.ipynb #88757f71
+@cache
+def _core():
+    "The one core of this process"
+    import openvino
+    return openvino.Core()
+
 # %% ../../nbs/49d_deploy.engines.ipynb #e5209ec9
 class OpenVinoSession:
     "An OpenVINO network that is asked as an ONNX Runtime session is"
@@ -109,10 +117,9 @@ class OpenVinoSession:
         shape:tuple[int,...], # of the images
     ):
         "What answers images of this shape: one of its own for a single picture, up to four shapes"
-        import openvino
+        core = _core()
         key = shape if shape[0]==1 and (shape in self.requests or len(self.requests)<5) else None
         if key not in self.requests:
-            core = openvino.Core()
             model = core.read_model(io.BytesIO(self.data))
             if key: model.reshape([*key])
             options = {'INFERENCE_NUM_THREADS':self.threads, 'NUM_STREAMS':1, 'INFERENCE_PRECISION_HINT':'f32',
