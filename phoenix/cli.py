@@ -676,6 +676,8 @@ def report_models(
     from phoenix.deploy.package import load_package
     from phoenix.evaluate.judge import Record, judge, judge_several
     manifest, cert = _held(folder, certificate)
+    if len({m.resolve() for m in models}) < len(models):
+        raise PhoenixError("Each model must be named once, one is named twice; leave it out")
     packages = {_called(m, models): load_package(m) for m in models}
     subjects = [_subject(n, p, manifest, cert, seed) for n, p in packages.items()]
     for s in subjects: _look(cert, manifest, s.test.rows, s.probs(), s.classes, s.name, who="phoenix report")

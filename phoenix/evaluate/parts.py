@@ -136,13 +136,12 @@ def headline_section(
     each, over = (table[(table['class'] != '') & (table.source == 'all')], table[table['class'] == ''])
     recall = each[each.measure == 'recall']
     spans = {r['class'].replace('_', ' '): Interval(r.value, r.low, r.high, r.n_groups) for _, r in recall.iterrows()}
-    drawn = dict(ax_confusion=plot_confusion, ax_roc=plot_roc, ax_precision=plot_precision_recall)
-    words = ('Confusion: counts, and share of the true class.', 'ROC of each class against the rest.',
-             'Precision and recall of each class against the rest.')
-    figures = [draw(partial(f, probs, t.targets, subject.classes), w, size=(1.6 + .75*k, 1.2 + .62*k) if not i else
-                    (4.4, 4.)) for i, (f, w) in enumerate(zip(drawn.values(), words))]
-    figures.insert(0, draw(partial(plot_intervals, spans, unit='recall, 95 % interval by group'),
-                           'How much of each class is found.', size=(4.6, 1. + .4*k)))
+    drawn = [(plot_confusion, 'Confusion: counts, and share of the true class.', (1.6 + .75*k, 1.2 + .62*k)),
+             (plot_roc, 'ROC of each class against the rest.', (4.4, 4.)),
+             (plot_precision_recall, 'Precision and recall of each class against the rest.', (4.4, 4.))]
+    figures = [draw(partial(plot_intervals, spans, unit='recall, 95 % interval by group'),
+                    'How much of each class is found.', size=(4.6, 1. + .4*k))]
+    figures += [draw(partial(f, probs, t.targets, subject.classes), w, size=s) for f, w, s in drawn]
     text = (f'{len(t)} pictures in {len(set(t.units.tolist()))} groups. Intervals are BCa of {n} resamples of whole '
             'groups, stratified by class.')
     tables = [Table(_shown(over, 'measure', 'source'), 'Over all classes, by source'),
@@ -376,7 +375,7 @@ def explanation_section(
     text = [f'{len(passed)} of {len(checks)} kinds of map pass all their tests' + (f': {", ".join(passed)}.' if passed
             else ': none should be shown without its stamp.'), f'{len(t)} test pictures; the true class is explained.'
             + ('' if masks else ' No masks are known, so nothing is said about where the maps point.')]
-    k = int(subject.probs()[:len(subject.test)].max(1)[np.isin(subject.test.rows.path, t.rows.path)].argmax())
+    k = int(subject.probs().max(1)[np.isin(subject.test.rows.path, t.rows.path)].argmax())
     shown = [_map_figure(c, net, t.x[k], int(t.targets[k]), None if truth is None else truth[k]) for c in checks]
     columns = ['map', 'test', 'value', 'low', 'high', 'limit', 'passed', 'empty']
     return Section('Explanations put to the test', text, [Table(table[columns], 'Tests of each map')],
