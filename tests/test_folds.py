@@ -15,7 +15,9 @@ from phoenix.data.acquire import build_manifest
 from phoenix.data.duplicates import find_pairs
 from phoenix.data.phantom import make_phantom
 from phoenix.data.preprocess import Preprocess
+from phoenix.train.ensembles import train_members
 from phoenix.train.folds import cross_validate, fold_certificates
+from phoenix.train.learner import TrainError, train_classifier
 from phoenix.train.search import fold_evaluator, search, trial_table
 
 MODEL = dict(model="neurosnake_tiny_none", preprocess=Preprocess(size=(32, 32)), epochs=3, batch_size=6, lr=4e-3, warmup_epochs=1,
@@ -203,3 +205,20 @@ def test_what_a_search_found_is_what_an_experiment_runs(tmp_path):
     assert metrics["options"]["lr"] == best["lr"] and metrics["options"]["opt"] == best["opt"]
     assert metrics["options"]["model_options"] == {"dropout": best["dropout"]}
     assert len(metrics["folds"]) == 3 and metrics["accuracy"]["n_groups"] >= 20
+
+
+@pytest.mark.slow
+def test_members_trained_side_by_side_are_those_of_one_process(data, tmp_path):
+    "Two seeds at once give the predictions that each gives here; called again, nothing is trained or timed anew"
+    manifest, certificates, job = data
+    certificate, job = certificates[0], {k: v for k, v in job.items() if k != "progress"}
+    members = {f"seed{s}": dict(seed=s) for s in (1, 2)}
+    spent = train_members(manifest, certificate, members, run_dir=tmp_path/"apart", **job)
+    assert all(s["cpu_s"] > 0 and s["wall_s"] > 0 for s in spent.values())
+    for name, own in members.items():
+        here = train_classifier(manifest, certificate, run_dir=tmp_path/"here"/name, progress=False, **own, **job)
+        apart = train_classifier(manifest, certificate, run_dir=tmp_path/"apart"/name, progress=False, resume=True, **own, **job)
+        assert (apart.test.logits == here.test.logits).all()
+    assert train_members(manifest, certificate, members, run_dir=tmp_path/"apart", **job) == spent
+    with pytest.raises(TrainError, match="must have the settings it began with"):
+        train_members(manifest, certificate, dict(seed1=dict(seed=1)), run_dir=tmp_path/"apart", **job | dict(lr=1e-3))
