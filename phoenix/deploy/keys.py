@@ -222,6 +222,21 @@ def authorize(self:Keyring,
         raise KeyRefused(403, f"The key must have the scope {scope!r}, it has not; ask for one that has")
     return principal
 
+# %% ../../nbs/55a_deploy.keys.ipynb #484d98a1
+@patch
+def recognise(self:Keyring,
+    texts:Sequence[str], # what requests carry
+)->dict[str,Principal|None]: # by text; None where the proof is old, or the key is not good any longer
+    "Whose keys these are, of those that this process proved a moment ago"
+    now, proven = time.monotonic(), {t: self._proven.get(self._proof(t), (0., "", "")) for t in set(texts)}
+    fresh = {t: p for t, p in proven.items() if now < p[0]}
+    with self.store.read() as c:
+        wanted = sql().select(self._keys).where(self._keys.c.key_id.in_([p[1] for p in fresh.values()]))
+        rows = {r["key_id"]: r for r in c.execute(wanted).mappings()} if fresh else {}
+        moment = self.store.now(c)
+    good = {t: rows[k] for t, (_, k, hash) in fresh.items() if _alive(rows.get(k), moment) and rows[k]["hash"] == hash}
+    return {t: _principal(good[t]) if t in good else None for t in texts}
+
 # %% ../../nbs/55a_deploy.keys.ipynb #7c9e5d55
 @patch
 def _change(self:Keyring, key_id, **values):
