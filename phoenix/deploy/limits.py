@@ -113,6 +113,42 @@ class Decision:
         told = {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)} if self.limit else {}
         return told if self.ok else told | {"Retry-After": str(self.retry_after_s)}
 
+# %% ../../nbs/55b_deploy.limits.ipynb #fd8bbe26
+class _Book:
+    "Rows of one transaction, each read once and written once"
+    def __init__(self, c, made): self.c, self.made, self.values, self.changed = c, made, {}, {}
+
+    def read(self, table, column, **key):
+        "A column of one row, None when there is no such row"
+        at = table.name, *key.values()
+        if at not in self.values:
+            self.values[at] = self.c.execute(_prepared(self.made, table, column, key)[0], _the(key)).scalar()
+        return self.values[at]
+
+    def put(self, table, column, value, **key):
+        "Set it, for later requests now and in the store at the end"
+        at = table.name, *key.values()
+        self.values[at], self.changed[at] = value, (table, key, column)
+
+    def write(self):
+        "Write what was set"
+        for at, (table, key, column) in self.changed.items():
+            update = _prepared(self.made, table, column, key)[1]
+            if not self.c.execute(update, _the(key) | {"value": self.values[at]}).rowcount:
+                self.c.execute(table.insert().values(key | {column: self.values[at]}))
+
+
+def _the(key): return {f"the_{k}": v for k, v in key.items()}
+
+
+def _prepared(made, table, column, key):
+    "Reading and writing a column by a key, composed once: composing costs more than running"
+    if table.name not in made:
+        same = [table.c[k] == sql().bindparam(f"the_{k}", type_=table.c[k].type) for k in key]
+        update = table.update().where(*same).values({column: sql().bindparam("value")})
+        made[table.name] = sql().select(table.c[column]).where(*same), update
+    return made[table.name]
+
 # %% ../../nbs/55b_deploy.limits.ipynb #9ed8dd29
 class Limiter:
     "Rates and quotas of all keys and tenants"
@@ -123,6 +159,7 @@ class Limiter:
         clock:object=None, # seconds by call, for tests; the store's clock when None
     ):
         sa, self.store, self.default, self._clock = sql(), store, plan or Plan(), clock
+        self._made = {} # statements by table
         name = lambda n, **kw: sa.Column(n, sa.String(80), **kw)
         self._plans = store.table("plans", name("tenant", primary_key=True), sa.Column("plan", sa.Text))
         self._rates = store.table("rates", name("subject", primary_key=True), sa.Column("full", sa.Double))
@@ -138,7 +175,7 @@ class Limiter:
         with self.store.read() as c: return self._plan(c, tenant)
 
     def _plan(self, c, tenant):
-        found = c.execute(sql().select(self._plans.c.plan).where(self._plans.c.tenant == tenant)).scalar()
+        found = _Book(c, self._made).read(self._plans, "plan", tenant=tenant)
         return Plan.parse(json.loads(found)) if found else self.default
 
     def set_plan(self,
@@ -174,33 +211,12 @@ def take_all(self:Limiter,
     "Ask for room for several requests of a tenant in one transaction"
     if bad := [n for _, n in asked if n < 1]: raise LimitError(f"A cost must be 1 or more, got {bad[0]}; correct it")
     with self.store.write(f"limits {tenant}") as c:
-        book, plan, now = _Book(c), self._plan(c, tenant), self._now(c)
+        book, plan, now = _Book(c, self._made), self._plan(c, tenant), self._now(c)
         said = [self._take(book, plan, key_id, tenant, now, cost) for key_id, cost in asked]
         book.write()
     return said
 
-# %% ../../nbs/55b_deploy.limits.ipynb #49eea98c
-class _Book:
-    "Rows of one transaction, each read once and written once"
-    def __init__(self, c): self.c, self.values, self.changed = c, {}, {}
-
-    def read(self, table, column, **key):
-        "A column of one row, None when there is no such row"
-        at = table.name, *key.values()
-        if at not in self.values:
-            self.values[at] = self.c.execute(sql().select(table.c[column]).filter_by(**key)).scalar()
-        return self.values[at]
-
-    def put(self, table, column, value, **key):
-        "Set it, for later requests now and in the store at the end"
-        at = table.name, *key.values()
-        self.values[at], self.changed[at] = value, (table, key, column)
-
-    def write(self):
-        "Write what was set"
-        for at, (table, key, column) in self.changed.items(): _put(self.c, table, key, **{column: self.values[at]})
-
-# %% ../../nbs/55b_deploy.limits.ipynb #a88d5457
+# %% ../../nbs/55b_deploy.limits.ipynb #c009585f
 @patch
 def _take(self:Limiter, book, plan, key_id, tenant, now, cost):
     "One request: charged where everything has room"
