@@ -108,7 +108,7 @@ def _guarded(limits):
             super().connection_lost(exc)
     return Guarded
 
-# %% ../../nbs/56b_deploy.door.ipynb #a5038fec
+# %% ../../nbs/56b_deploy.door.ipynb #5906af8f
 class _Answered:
     "Stands for a request that was answered by its head: uvicorn ignores what is still to come of it"
     response_complete, disconnected, keep_alive, message_event = True, False, True, SimpleNamespace(set=lambda: None)
@@ -187,7 +187,7 @@ def _take_place(house, access, asked):
     if (seconds := house.full()) is not None: raise busy(seconds)
     house.inside, asked.placed = house.inside + 1, True
 
-# %% ../../nbs/56b_deploy.door.ipynb #52301418
+# %% ../../nbs/56b_deploy.door.ipynb #df03a110
 def early_refusal(
     house:House, # what the door knows
 )->Callable[[Any],bytes|None]: # for `door_protocol`: the bytes of an answer, None where the request goes on
@@ -195,7 +195,8 @@ def early_refusal(
     def early(protocol):
         method, path = protocol.parser.get_method().decode(), protocol.url.partition(b"?")[0].decode("latin-1")
         access = house.access.get((method, path))
-        if not (access and access.work and house.state == "serving" and protocol.parser.should_keep_alive()): return None
+        if not (access and access.work and house.state == "serving"): return None
+        if not protocol.parser.should_keep_alive(): return None
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in protocol.headers}
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdigit() and int(length) <= 2**20): return None
@@ -207,7 +208,7 @@ def early_refusal(
         return "\r\n".join(["HTTP/1.1 429 Too Many Requests", *lines, "", ""]).encode() + body
     return early
 
-# %% ../../nbs/56b_deploy.door.ipynb #2d81800d
+# %% ../../nbs/56b_deploy.door.ipynb #47a0caf2
 @dataclass
 class Room:
     "How many requests are let in: fewer while answers take longer than they may"

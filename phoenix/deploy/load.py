@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     at:float # when it was due, on `time.perf_counter`
     late:float=0. # seconds from then until it was sent: the caller's own delay
 
-# %% ../../nbs/56g_deploy.load.ipynb #167c094b
+# %% ../../nbs/56g_deploy.load.ipynb #510b9c16
 class _Line(asyncio.Protocol):
     "One connection: a request out, a status back"
     def __init__(self): self.answer, self.transport = None, None
@@ -58,7 +58,7 @@ class _Line(asyncio.Protocol):
     @property
     def open(self): return self.transport is not None and not self.transport.is_closing()
 
-# %% ../../nbs/56g_deploy.load.ipynb #5744d1de
+# %% ../../nbs/56g_deploy.load.ipynb #b68cef3b
 class _Callers:
     "Connections to one route of a server, and the request that all of them send"
     def __init__(self, url, key, data, connections):
@@ -84,7 +84,8 @@ class _Callers:
                     line.answer = asyncio.get_running_loop().create_future()
                     line.transport.write(self.request)
                     status = await line.answer
-            except (OSError, TimeoutError) as e: status = "ReadTimeout" if isinstance(e, TimeoutError) else "ConnectError"
+            except TimeoutError: status = "ReadTimeout"
+            except OSError: status = "ConnectError"
             if line: line.transport.close() if status == "ReadTimeout" and line.open else self.idle.append(line)
         return Seen(status, time.perf_counter() - due, due, sent - due)
 
@@ -195,7 +196,7 @@ def running_server(
         process.wait()
         process.stderr.close()
 
-# %% ../../nbs/56g_deploy.load.ipynb #30850a58
+# %% ../../nbs/56g_deploy.load.ipynb #e3065a01
 def processor_ms(
     pid:int, # of a server
 )->dict[str,float]: # milliseconds of processor time by 'front', and by the entry of each child

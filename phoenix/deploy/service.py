@@ -150,13 +150,13 @@ async def admit(self:Service,
     if who is None:
         who = await self._prove(mark, text, access.scope)
         if access.work: who, decision = await self.desk.ask(text, access.scope, True)
-        if who is None: raise Refusal(401, "a key must stay valid while it is used, this one did not: get another", "key")
+        if who is None: raise Refusal(401, "a key must stay valid in use, this one did not: get another", "key")
     if decision and not decision.ok:
         raise Refusal(429, f"a key must stay within its plan, the {decision.reason} has no room: come again after "
                       "Retry-After seconds", decision.reason.replace(" ", "_"), decision.headers())
     return who
 
-# %% ../../nbs/56d_deploy.service.ipynb #56fc6dce
+# %% ../../nbs/56d_deploy.service.ipynb #fb9f8931
 @patch
 async def _prove(self:Service, mark, text, scope):
     "Who is behind a key that the desk does not recognise; raises `Refusal`"
