@@ -108,7 +108,7 @@ def _guarded(limits):
             super().connection_lost(exc)
     return Guarded
 
-# %% ../../nbs/56b_deploy.door.ipynb #5906af8f
+# %% ../../nbs/56b_deploy.door.ipynb #1834cbf5
 class _Answered:
     "Stands for a request that was answered by its head: uvicorn ignores what is still to come of it"
     response_complete, disconnected, keep_alive, message_event = True, False, True, SimpleNamespace(set=lambda: None)
@@ -187,7 +187,7 @@ def _take_place(house, access, asked):
     if (seconds := house.full()) is not None: raise busy(seconds)
     house.inside, asked.placed = house.inside + 1, True
 
-# %% ../../nbs/56b_deploy.door.ipynb #df03a110
+# %% ../../nbs/56b_deploy.door.ipynb #46064baf
 def early_refusal(
     house:House, # what the door knows
 )->Callable[[Any],bytes|None]: # for `door_protocol`: the bytes of an answer, None where the request goes on
@@ -208,7 +208,7 @@ def early_refusal(
         return "\r\n".join(["HTTP/1.1 429 Too Many Requests", *lines, "", ""]).encode() + body
     return early
 
-# %% ../../nbs/56b_deploy.door.ipynb #47a0caf2
+# %% ../../nbs/56b_deploy.door.ipynb #3f4a8eff
 @dataclass
 class Room:
     "How many requests are let in: fewer while answers take longer than they may"
@@ -225,9 +225,11 @@ class Room:
         now:float, # seconds, on a clock that never goes back
     )->None:
         "What one answer says about the room there is"
-        if seconds <= .7*self.wait_s:
+        if seconds <= .6*self.wait_s:
             if inside >= self.places - 2: self.places = min(self.places + 1/self.places, self.most)
-        elif now - self.cut >= self.wait_s: self.places, self.cut = max(.8*min(self.places, inside + 1), 1.), now
+        elif now - seconds >= self.cut:
+            keep = max(.6*self.wait_s/seconds, .5)
+            self.places, self.cut = max(keep*min(self.places, inside + 1), 1.), now
 
 # %% ../../nbs/56b_deploy.door.ipynb #be20ec38
 def _declared(headers, access, limits):
