@@ -108,7 +108,7 @@ def _guarded(limits):
             super().connection_lost(exc)
     return Guarded
 
-# %% ../../nbs/56b_deploy.door.ipynb #1834cbf5
+# %% ../../nbs/56b_deploy.door.ipynb #3335f9e3
 class _Answered:
     "Stands for a request that was answered by its head: uvicorn ignores what is still to come of it"
     response_complete, disconnected, keep_alive, message_event = True, False, True, SimpleNamespace(set=lambda: None)
@@ -187,7 +187,7 @@ def _take_place(house, access, asked):
     if (seconds := house.full()) is not None: raise busy(seconds)
     house.inside, asked.placed = house.inside + 1, True
 
-# %% ../../nbs/56b_deploy.door.ipynb #46064baf
+# %% ../../nbs/56b_deploy.door.ipynb #dc25d8dc
 def early_refusal(
     house:House, # what the door knows
 )->Callable[[Any],bytes|None]: # for `door_protocol`: the bytes of an answer, None where the request goes on
@@ -208,12 +208,13 @@ def early_refusal(
         return "\r\n".join(["HTTP/1.1 429 Too Many Requests", *lines, "", ""]).encode() + body
     return early
 
-# %% ../../nbs/56b_deploy.door.ipynb #3f4a8eff
+# %% ../../nbs/56b_deploy.door.ipynb #0bed8c29
 @dataclass
 class Room:
     "How many requests are let in: fewer while answers take longer than they may"
     most:int # requests, when all is well
     wait_s:float=math.inf # within which accepted requests are to be answered
+    least:int=1 # requests, whatever happens: with fewer the server would only get slower
     places:float=0. # for requests now; `most` at the beginning
     cut:float=-math.inf # when places were last taken away, seconds
 
@@ -229,7 +230,7 @@ class Room:
             if inside >= self.places - 2: self.places = min(self.places + 1/self.places, self.most)
         elif now - seconds >= self.cut:
             keep = max(.6*self.wait_s/seconds, .5)
-            self.places, self.cut = max(keep*min(self.places, inside + 1), 1.), now
+            self.places, self.cut = max(keep*min(self.places, inside + 1), float(self.least)), now
 
 # %% ../../nbs/56b_deploy.door.ipynb #be20ec38
 def _declared(headers, access, limits):

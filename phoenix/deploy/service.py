@@ -118,7 +118,7 @@ class Service:
         self.jobs, self.tasks, self.entries, self.used = {}, set(), deque(), Counter()
         self.threads, self.doubtful = ThreadPoolExecutor(4, "store"), ThreadPoolExecutor(1, "keys")
         self.desk = Desk(self.keyring, self.limiter, self.threads)
-        self.room = Room(o.queue, o.wait_s)
+        self.room = Room(o.queue, o.wait_s, min(o.queue, o.engine.batch))
         self.secret, self.known, self.pace = secrets.token_bytes(32), set(), deque(maxlen=64)
         self.explaining = asyncio.Lock()
         self.meters = Meters(self)
@@ -156,7 +156,7 @@ async def admit(self:Service,
                       "Retry-After seconds", decision.reason.replace(" ", "_"), decision.headers())
     return who
 
-# %% ../../nbs/56d_deploy.service.ipynb #fb9f8931
+# %% ../../nbs/56d_deploy.service.ipynb #5508bc8e
 @patch
 async def _prove(self:Service, mark, text, scope):
     "Who is behind a key that the desk does not recognise; raises `Refusal`"
