@@ -1006,6 +1006,7 @@ def serve(
     port:int=8000, # 0 for any free one
     store:str="", # database: a path or URL; $PHOENIX_STORE when empty
     queue:int=64, # requests that are let in and not answered
+    wait:float=1., # seconds within which pictures are to be answered: fewer are let in while they take longer
     batch:int=8, # most pictures in one run of the network
     threads:int=1, # of the model process
     per_minute:int=600, # requests of a key, where its tenant has no plan; 0 for no limit
@@ -1022,7 +1023,7 @@ def serve(
     def announce(address):
         typer.echo(f"phoenix serves {name} at {address}", err=True)
         if key: typer.echo(f"a first key, shown this once: {key}", err=True)
-    options = ServeOptions(name, store, queue, plan=plan, engine=engine)
+    options = ServeOptions(name, store, queue, wait, plan=plan, engine=engine)
     code = run_server(options, host=host, port=port, announce=announce)
     said = "the model could not be opened: see the log" if code else "the server ended, what it accepted is answered"
     return Reply(dict(model=name, code=code), said, code)

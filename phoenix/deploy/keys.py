@@ -113,6 +113,7 @@ class Keyring:
         self._keys = store.table("keys", text("key_id", 32, primary_key=True), text("tenant", 40), text("scopes", 80),
                                  text("label", 80), text("hash", 200), sa.Column("created", sa.Double),
                                  sa.Column("expires", sa.Double), sa.Column("revoked", sa.Double), text("follows", 32))
+        self._several = sa.select(self._keys).where(self._keys.c.key_id.in_(sa.bindparam("ids", expanding=True)))
         self._nobody, self._proven, self._turns = self._argon.hash(secrets.token_hex(32)), {}, BoundedSemaphore(4)
 
     def __repr__(self): return f"Keyring({self.store!r})"
@@ -221,6 +222,21 @@ def authorize(self:Keyring,
     if not principal.can(scope):
         raise KeyRefused(403, f"The key must have the scope {scope!r}, it has not; ask for one that has")
     return principal
+
+# %% ../../nbs/55a_deploy.keys.ipynb #6ad2fb2e
+@patch
+def recognise(self:Keyring,
+    texts:Sequence[str], # what requests carry
+)->dict[str,Principal|None]: # by text; None where the proof is old, or the key is not good any longer
+    "Whose keys these are, of those that this process proved a moment ago"
+    now, proven = time.monotonic(), {t: self._proven.get(self._proof(t), (0., "", "")) for t in set(texts)}
+    fresh = {t: p for t, p in proven.items() if now < p[0]}
+    with self.store.read() as c:
+        found = c.execute(self._several, dict(ids=[p[1] for p in fresh.values()])).mappings() if fresh else ()
+        rows = {r["key_id"]: r for r in found}
+        moment = self.store.now(c)
+    good = {t: rows[k] for t, (_, k, hash) in fresh.items() if _alive(rows.get(k), moment) and rows[k]["hash"] == hash}
+    return {t: _principal(good[t]) if t in good else None for t in texts}
 
 # %% ../../nbs/55a_deploy.keys.ipynb #7c9e5d55
 @patch

@@ -9,7 +9,7 @@ __all__ = ['LimitError', 'Rule', 'pass_time', 'Plan', 'period_of', 'Decision', '
 
 # %% ../../nbs/55b_deploy.limits.ipynb #e13f41c5
 import csv, datetime, io, json, math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -113,6 +113,42 @@ class Decision:
         told = {"RateLimit-Limit": str(self.limit), "RateLimit-Remaining": str(self.remaining)} if self.limit else {}
         return told if self.ok else told | {"Retry-After": str(self.retry_after_s)}
 
+# %% ../../nbs/55b_deploy.limits.ipynb #fd8bbe26
+class _Book:
+    "Rows of one transaction, each read once and written once"
+    def __init__(self, c, made): self.c, self.made, self.values, self.changed = c, made, {}, {}
+
+    def read(self, table, column, **key):
+        "A column of one row, None when there is no such row"
+        at = table.name, *key.values()
+        if at not in self.values:
+            self.values[at] = self.c.execute(_prepared(self.made, table, column, key)[0], _the(key)).scalar()
+        return self.values[at]
+
+    def put(self, table, column, value, **key):
+        "Set it, for later requests now and in the store at the end"
+        at = table.name, *key.values()
+        self.values[at], self.changed[at] = value, (table, key, column)
+
+    def write(self):
+        "Write what was set"
+        for at, (table, key, column) in self.changed.items():
+            update = _prepared(self.made, table, column, key)[1]
+            if not self.c.execute(update, _the(key) | {"value": self.values[at]}).rowcount:
+                self.c.execute(table.insert().values(key | {column: self.values[at]}))
+
+
+def _the(key): return {f"the_{k}": v for k, v in key.items()}
+
+
+def _prepared(made, table, column, key):
+    "Reading and writing a column by a key, composed once: composing costs more than running"
+    if table.name not in made:
+        same = [table.c[k] == sql().bindparam(f"the_{k}", type_=table.c[k].type) for k in key]
+        update = table.update().where(*same).values({column: sql().bindparam("value")})
+        made[table.name] = sql().select(table.c[column]).where(*same), update
+    return made[table.name]
+
 # %% ../../nbs/55b_deploy.limits.ipynb #9ed8dd29
 class Limiter:
     "Rates and quotas of all keys and tenants"
@@ -123,6 +159,7 @@ class Limiter:
         clock:object=None, # seconds by call, for tests; the store's clock when None
     ):
         sa, self.store, self.default, self._clock = sql(), store, plan or Plan(), clock
+        self._made = {} # statements by table
         name = lambda n, **kw: sa.Column(n, sa.String(80), **kw)
         self._plans = store.table("plans", name("tenant", primary_key=True), sa.Column("plan", sa.Text))
         self._rates = store.table("rates", name("subject", primary_key=True), sa.Column("full", sa.Double))
@@ -138,7 +175,7 @@ class Limiter:
         with self.store.read() as c: return self._plan(c, tenant)
 
     def _plan(self, c, tenant):
-        found = c.execute(sql().select(self._plans.c.plan).where(self._plans.c.tenant == tenant)).scalar()
+        found = _Book(c, self._made).read(self._plans, "plan", tenant=tenant)
         return Plan.parse(json.loads(found)) if found else self.default
 
     def set_plan(self,
@@ -163,51 +200,60 @@ def take(self:Limiter,
     cost:int=1, # requests it counts as, such as pictures of a batch
 )->Decision: # charged to key and tenant, or to nobody
     "Ask for room, and take it"
-    if cost < 1: raise LimitError(f"A cost must be 1 or more, got {cost}; correct it")
+    return self.take_all(tenant, [(key_id, cost)])[0]
+
+
+@patch
+def take_all(self:Limiter,
+    tenant:str, # whose keys they are
+    asked:Sequence[tuple[str,int]], # key and cost of each request, as for `take`
+)->list[Decision]: # of each, as if they had come one after another
+    "Ask for room for several requests of a tenant in one transaction"
+    if bad := [n for _, n in asked if n < 1]: raise LimitError(f"A cost must be 1 or more, got {bad[0]}; correct it")
     with self.store.write(f"limits {tenant}") as c:
-        plan, now = self._plan(c, tenant), self._now(c)
-        asked = [*self._rate_asked(c, plan, key_id, tenant, now, cost),
-                 *self._quota_asked(c, plan, key_id, tenant, now, cost)]
-        refused = [a for a in asked if a["wait"] > 0]
-        if refused:
-            worst = max(refused, key=lambda a: a["wait"])
-            return Decision(False, worst["reason"], worst["wait"], worst["limit"], 0)
-        for a in asked: _put(c, a["table"], a["key"], **a["values"])
+        book, plan, now = _Book(c, self._made), self._plan(c, tenant), self._now(c)
+        said = [self._take(book, plan, key_id, tenant, now, cost) for key_id, cost in asked]
+        book.write()
+    return said
+
+# %% ../../nbs/55b_deploy.limits.ipynb #c009585f
+@patch
+def _take(self:Limiter, book, plan, key_id, tenant, now, cost):
+    "One request: charged where everything has room"
+    who = ("key", key_id), ("tenant", tenant)
+    asked = [*self._rate_asked(book, plan, who, now, cost), *self._quota_asked(book, plan, who, now, cost)]
+    refused = [a for a in asked if a["wait"] > 0]
+    if refused:
+        worst = max(refused, key=lambda a: a["wait"])
+        return Decision(False, worst["reason"], worst["wait"], worst["limit"], 0)
+    for a in asked: book.put(*a["column"], a["value"], **a["key"])
     tightest = min(asked, key=lambda a: a["left"], default=None)
     return Decision(True, "", 0., tightest["limit"], tightest["left"]) if tightest else Decision(True)
 
 
 @patch
-def _rate_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
+def _rate_asked(self:Limiter, book, plan, who, now, cost):
     "What each rate would become"
-    fulls = _values(c, self._rates, "full", f"key {key_id}", f"tenant {tenant}")
-    for what, rule, who in (("key", plan.key, key_id), ("tenant", plan.tenant, tenant)):
+    for (what, name), rule in zip(who, (plan.key, plan.tenant)):
         if rule is None: continue
         if cost > rule.room:
             raise LimitError(f"A request must cost at most the {what}'s burst {rule.room}, got {cost}; split it")
-        key = dict(subject=f"{what} {who}")
-        after, wait = pass_time(fulls.get(key["subject"], 0.), now, rule, cost)
-        yield dict(reason=f"{what} rate", table=self._rates, key=key, values=dict(full=after), wait=wait,
-                   limit=rule.room, left=int(rule.room - (after - now)/rule.step + 1e-6))
-
-
-def _values(c, table, column, *subjects, **where):
-    "A column by subject, for the subjects that have a row"
-    q = sql().select(table.c.subject, table.c[column]).where(table.c.subject.in_(subjects)).filter_by(**where)
-    return dict(tuple(r) for r in c.execute(q))
+        column, key = (self._rates, "full"), dict(subject=f"{what} {name}")
+        after, wait = pass_time(book.read(*column, **key) or 0., now, rule, cost)
+        yield dict(reason=f"{what} rate", column=column, key=key, value=after, wait=wait, limit=rule.room,
+                   left=int(rule.room - (after - now)/rule.step + 1e-6))
 
 # %% ../../nbs/55b_deploy.limits.ipynb #58a0288e
 @patch
-def _quota_asked(self:Limiter, c, plan, key_id, tenant, now, cost):
+def _quota_asked(self:Limiter, book, plan, who, now, cost):
     "What each quota would become"
     period, rest = period_of(now, plan.period)
-    counts = _values(c, self._quotas, "used", f"key {key_id}", f"tenant {tenant}", period=period)
-    for what, quota, who in (("key", plan.key_quota, key_id), ("tenant", plan.tenant_quota, tenant)):
+    for (what, name), quota in zip(who, (plan.key_quota, plan.tenant_quota)):
         if quota is None: continue
-        key = dict(subject=f"{what} {who}", period=period)
-        used = counts.get(key["subject"], 0)
-        yield dict(reason=f"{what} quota", table=self._quotas, key=key, values=dict(used=used + cost),
-                   wait=rest if used + cost > quota else 0., limit=quota, left=quota - used - cost)
+        column, key = (self._quotas, "used"), dict(subject=f"{what} {name}", period=period)
+        used = (book.read(*column, **key) or 0) + cost
+        yield dict(reason=f"{what} quota", column=column, key=key, value=used, wait=rest if used > quota else 0.,
+                   limit=quota, left=quota - used)
 
 
 @patch

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from .door import Access, Door, Refusal, door_protocol
+from .door import Access, Door, Refusal, door_protocol, early_refusal
 from .page import page_headers, page_html
 from .service import NOTICE, ServeOptions, Service
 from ..settings import PhoenixError
@@ -341,12 +341,15 @@ def run_server(
 )->int: # exit status: 0 after draining, 3 when the model can't be opened
     "Serve until SIGTERM or SIGINT"
     import uvicorn
+    import uvloop
     door, sock = create_app(options), listen(host, port)
-    config = uvicorn.Config(door, http=door_protocol(options.door), ws="none", lifespan="on", log_config=None,
+    http = door_protocol(options.door, early_refusal(door.house))
+    config = uvicorn.Config(door, http=http, ws="none", lifespan="on", log_config=None, proxy_headers=False,
         access_log=False, server_header=False, timeout_keep_alive=options.door.keep_alive_s, backlog=2048,
         timeout_graceful_shutdown=options.drain_s)
     announce(f"http://{host}:{sock.getsockname()[1]}")
-    asyncio.run(_serve(door, config, sock, options.notice_s))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(door, config, sock, options.notice_s))
     return 3 if door.service.failed else 0
 
 # %% ../../nbs/56e_deploy.serve.ipynb #b114f49a

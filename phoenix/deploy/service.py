@@ -27,7 +27,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .audit import AuditLog, trace_of
-from .door import Access, Asked, DoorLimits, House, Refusal, busy
+from .desk import Desk
+from .door import Access, Asked, DoorLimits, House, Refusal, Room, busy
 from .engine import Engine, EngineOptions, Served, stack_of
 from .keys import KeyRefused, Keyring, bearer
 from .limits import Limiter, Plan, Usage
@@ -44,6 +45,7 @@ class ServeOptions:
     model:str="model" # its name in the registry
     store:str="" # database: a path or URL; $PHOENIX_STORE when empty
     queue:int=64 # requests that are let in and not answered
+    wait_s:float=1. # within which pictures are to be answered: fewer are let in while they take longer
     work_s:float=30. # until an accepted request must be answered
     notice_s:float=.5 # of draining before the port closes
     drain_s:float=30. # for accepted work to end
@@ -81,6 +83,7 @@ class Meters:
             registry=r, buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30))
         house, engine = service.house, service.engine
         for name, says, read in (("inside", "requests let in and not answered", lambda: house.inside),
+                ("places", "requests that may be let in now", lambda: service.room.places),
                 ("reading_bytes", "bytes that bodies may fill", lambda: house.reading),
                 ("serving", "1 while neither starting nor draining", lambda: house.state == "serving"),
                 ("canary_ok", "1 while the model gives its golden answer", lambda: service.canary_ok),
@@ -114,6 +117,8 @@ class Service:
         self.state, self.served, self.trouble, self.canary_ok, self.checked = None, {}, "", False, 0.
         self.jobs, self.tasks, self.entries, self.used = {}, set(), deque(), Counter()
         self.threads, self.doubtful = ThreadPoolExecutor(4, "store"), ThreadPoolExecutor(1, "keys")
+        self.desk = Desk(self.keyring, self.limiter, self.threads)
+        self.room = Room(o.queue, o.wait_s, min(o.queue, o.engine.batch))
         self.secret, self.known, self.pace = secrets.token_bytes(32), set(), deque(maxlen=64)
         self.explaining = asyncio.Lock()
         self.meters = Meters(self)
@@ -139,26 +144,36 @@ async def admit(self:Service,
     text = bearer(headers)
     if not text: raise Refusal(401, "a request must carry a key in Authorization: Bearer, this one has none", "key")
     mark = hmac.digest(self.secret, text.encode("utf-8", "replace"), "sha256")
+    who = decision = None
+    if mark in self.known and len(self.desk.line) > 256: raise busy(1)
+    if mark in self.known: who, decision = await self.desk.ask(text, access.scope, access.work)
+    if who is None:
+        who = await self._prove(mark, text, access.scope)
+        if access.work: who, decision = await self.desk.ask(text, access.scope, True)
+        if who is None: raise Refusal(401, "a key must stay valid in use, this one did not: get another", "key")
+    if decision and not decision.ok:
+        raise Refusal(429, f"a key must stay within its plan, the {decision.reason} has no room: come again after "
+                      "Retry-After seconds", decision.reason.replace(" ", "_"), decision.headers())
+    return who
+
+# %% ../../nbs/56d_deploy.service.ipynb #5508bc8e
+@patch
+async def _prove(self:Service, mark, text, scope):
+    "Who is behind a key that the desk does not recognise; raises `Refusal`"
     pool = self.threads if mark in self.known else self.doubtful
     if pool._work_queue.qsize() > (256 if mark in self.known else 16): raise busy(1)
-    loop = asyncio.get_running_loop()
-    try: who = await loop.run_in_executor(pool, self.keyring.authorize, text, access.scope)
+    try: who = await asyncio.get_running_loop().run_in_executor(pool, self.keyring.authorize, text, scope)
     except KeyRefused as e:
         if e.status == 401: self.known.discard(mark)
         raise Refusal(e.status, str(e), "key") from None
     if len(self.known) < 10_000: self.known.add(mark)
-    if access.work:
-        decision = await self.thread(self.limiter.take, who.key_id, who.tenant)
-        if not decision.ok:
-            raise Refusal(429, f"a key must stay within its plan, the {decision.reason} has no room: come again after "
-                          "Retry-After seconds", decision.reason.replace(" ", "_"), decision.headers())
     return who
 
 # %% ../../nbs/56d_deploy.service.ipynb #02d69364
 @patch
 def full(self:Service)->float|None: # seconds until there should be room; None when there is
     "Whether another request would be one too many, from the pace of the last answers"
-    over = self.house.inside - self.options.queue + 1
+    over = self.house.inside - int(self.room.places) + 1
     if over <= 0: return None
     if len(self.pace) < 2: return 1.
     return max(over, self.options.queue/4)*(self.pace[-1] - self.pace[0])/(len(self.pace) - 1)
@@ -175,6 +190,8 @@ def noted(self:Service,
     self.meters.seconds.labels(route).observe(asked.seconds)
     if asked.kind: self.meters.refusals.labels(asked.kind).inc()
     if work and asked.status < 300: self.pace.append(time.monotonic())
+    if asked.route == "/v1/predict" and asked.status == 200:
+        self.room.learn(asked.seconds, self.house.inside, time.monotonic())
     if asked.who and work and asked.kind in ("full", "starting", "draining", "closed"):
         self.threads.submit(self.limiter.give_back, asked.who.key_id, asked.who.tenant)
     ms = round(asked.seconds*1e3, 1)

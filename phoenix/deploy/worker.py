@@ -168,7 +168,7 @@ class Child:
     ):
         ours, theirs = socket.socketpair()
         with theirs:
-            code = f"from phoenix.deploy.worker import child_main; child_main({theirs.fileno()})"
+            code = f"from phoenix.deploy.worker import child_main; child_main({theirs.fileno()}) # {entry}"
             self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=child_environment(threads, path))
         self.sock = ours
