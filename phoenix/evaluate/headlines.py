@@ -82,6 +82,8 @@ def _row(value, draws, left_out, units, level):
     return dict(value=bca.value, low=bca.low, high=bca.high, percentile_low=plain.low, percentile_high=plain.high,
                 undefined=plain.undefined, note=bca.note)
 
+_OF_TWO = {'mcc', 'macro_precision', 'macro_f1', 'precision', 'f1'} # where all pictures have one class they say nothing
+
 def _one_source(probs, targets, groups, classes, more, strata, n, seed, level):
     "Rows of the headlines of one set of pictures"
     codes = _codes(groups, len(targets))
@@ -91,7 +93,8 @@ def _one_source(probs, targets, groups, classes, more, strata, n, seed, level):
     present = int((counts > 0).sum())
     for (measure, name), v in value.items():
         mine = int(counts[classes.index(name)]) if name else len(targets)
-        row = _row(float(v), draws[measure, name], without.get((measure, name), np.zeros(0)), units, level)
+        v = np.nan if present < 2 and measure in _OF_TWO else float(v)
+        row = _row(v, draws[measure, name], without.get((measure, name), np.zeros(0)), units, level)
         yield dict(measure=measure, **{'class': name}) | row | dict(n=mine, n_groups=units, classes=present)
 
 # %% ../../nbs/41c_evaluate.headlines.ipynb #8f64a1d8
