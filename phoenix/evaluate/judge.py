@@ -95,12 +95,18 @@ def refusals(
     "What can't be claimed because of what the sections found, or did not look at"
     said = {s.title: s.numbers for s in sections}
     maps, gate = said.get('Explanations put to the test'), said.get('Doubt and abstention')
+    bound, clean, under = _under_attack(said.get('Attacks and scanner faults'))
+    odd = said.get('Strangers', {}).get('worst', dict(kind='', let_in=0.))
     facts = {
         'No map of this network is an explanation of it: none passes all tests.':
             maps is not None and not maps['passed'],
         'Whether heat maps show anything was not tested.': maps is None,
         'Sets and thresholds keep their promise only for pictures like the validation side.': gate is not None,
         'The promise of the sets is missed by more than 5 points in a class.': gate is not None and gate['off'] > .05,
+        f'A change of {bound} that nobody sees takes accuracy from {100*clean:.1f} % to {100*under:.1f} %: an answer '
+        'to a picture that somebody could have altered means nothing.': under < clean/2,
+        f'Strange pictures are not kept out: {100*odd["let_in"]:.0f} % of “{odd["kind"]}” are let in.':
+            odd['let_in'] > .5,
         'Nothing is known about attacks and scanner faults.': 'Attacks and scanner faults' not in said,
         'No control with shuffled labels was trained: learning from something else than the label is not excluded.':
             not control,
@@ -109,6 +115,12 @@ def refusals(
             bool(looks and looks > 1),
         'One network of one seed was judged: how much another seed would differ is not known.': True}
     return [sentence for sentence, holds in facts.items() if holds]
+
+def _under_attack(numbers):
+    "Smallest bound, accuracy without and with it"
+    table = (numbers or {}).get('accuracy')
+    if table is None or len(table) < 2: return '', 0., 0.
+    return f'{table.eps_255[1]:g}/255', float(table.accuracy[0]), float(table.accuracy[1])
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #a5b1035c
 @dataclass(frozen=True)
@@ -122,12 +134,15 @@ class Effort:
     attacked:int = 200 # pictures
     explained:int = 24 # pictures
     doubted:int = 5000 # pictures of each side that are asked in six views and under a change
+    strange:int = 400 # pictures of each side that strangers are told from
     maps:tuple[str, ...]|None = None # kinds; None: all
     steps:int = 20 # of deletion
 
 EFFORTS = dict(full=Effort(),
-               quick=Effort(1000, 'pgd', dict(steps=10, restarts=1), (1/255, 4/255), (1, 3, 5), 32, 8, 200,
-                            ('gradcam',), 8))
+               quick=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=16, queries=100), (1/255, 4/255), (1, 3, 5),
+                            32, 8, 200, 200, ('gradcam',), 8),
+               brief=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=6, queries=30), (1/255,), (3,),
+                            16, 4, 40, 60, ('gradcam',), 4))
 
 def effort_named(
     name:str, # of `EFFORTS`
@@ -162,7 +177,8 @@ def judged_sections(
         headlines=lambda: headline_section(subject, n=e.n, seed=seed),
         calibration=lambda: trust_section(subject, n=e.n, seed=seed),
         doubt=lambda: doubt_section(subject, pictures=e.doubted, n=e.n, seed=seed),
-        strangers=lambda: stranger_section(subject, strangers=strangers, n=min(e.n, 1000), seed=seed),
+        strangers=lambda: stranger_section(subject, strangers=strangers, pictures=e.strange, n=min(e.n, 1000),
+                                           seed=seed),
         robustness=lambda: robustness_section(subject, eps=e.eps, attack=e.attack, pictures=e.attacked, levels=e.levels,
                                               seed=seed, **e.options),
         explanations=lambda: explanation_section(subject, maps=e.maps, pictures=e.explained, masks=masks, steps=e.steps,
@@ -178,6 +194,7 @@ class Record:
     preprocess:object|None = None # what stands before the network
     data:Sequence[Section]|None = None # of `data_sections`; made anew when None
     control:np.ndarray|None = None # `(N,K)` test probabilities of a network trained on shuffled labels
+    band:Interval|None = None # of `shuffled_band`, what the control is held to; that of guessers when None
     ledger:Ledger|None = None # of the vault
     sections:Sequence[Section] = () # further ones, such as `training_section` and `deploy_section`
     headline:Sequence[Headline] = () # further ones
@@ -234,7 +251,8 @@ def judge(
     about = data_sections(manifest, certificate) if record.data is None else record.data
     judged = judged_sections(subject, effort=effort, strangers=strangers, masks=masks, said=said, seed=seed)
     ledger, t, first = record.ledger, subject.test, judged[0].numbers['headlines']
-    checks = [] if record.control is None else [control_section(record.control, t.targets, t.units)]
+    checks = [] if record.control is None else [control_section(record.control, t.targets, t.units,
+                                                                       band=record.band)]
     looks = [] if ledger is None else [vault_section(ledger.table(), ledger.reasons)]
     leaky = certificate.kind == 'published'
     unclaimed = limits(synthetic=manifest.synthetic, published=leaky, external=record.external,

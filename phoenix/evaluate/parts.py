@@ -161,13 +161,13 @@ def headline_section(
     return Section('Test set', [text], tables, figures, numbers=dict(headlines=table),
                    warnings=_few(spans) + _lacking(subject))
 
-def _headlines(subject, probs, n, seed, source=None):
+def _headlines(subject, probs, n, seed, source=None, areas=True):
     "Headlines of the test side; which classes a source lacks is said on the page"
     t = subject.test
     with catch_warnings():
         simplefilter('ignore', UserWarning)
         return headlines(probs, t.targets, t.units, subject.classes, source=source, n=n, seed=seed,
-                         more=dict(ece=ece_sums(), nll=nll_sums()))
+                         areas=areas, more=dict(ece=ece_sums(), nll=nll_sums()))
 
 def _lacking(subject):
     "A sentence on each source that lacks a class: its numbers are not those of another source"
@@ -213,7 +213,7 @@ def _told(subject):
 
 def _calibration_row(name, p, first, subject, n, seed):
     "Errors of one map, drawn as the headlines are, and its change of NLL"
-    t, table = subject.test, _headlines(subject, p, n, seed).set_index('measure')
+    t, table = subject.test, _headlines(subject, p, n, seed, areas=False).set_index('measure')
     error = table.loc['ece']
     row = dict(probabilities=name, NLL=nll(p, t.targets), Brier=brier(p, t.targets), ECE=error.value,
                ECE_low=error.low, ECE_high=error.high, ECE_mass=ece(p, t.targets, 15, 'mass'))
@@ -352,17 +352,19 @@ def stranger_section(
     *,
     strangers:Mapping[str, Tensor]|None = None, # kind and `(M,C,H,W)`, besides those that are made
     keep:float = .95, # share of own pictures to let in
+    pictures:int = 400, # most test and validation pictures, drawn by key
     n:int = 1000, # resamples
     seed:int = 42, # key
 )->Section: # every score against every kind, thresholds from the validation side
     "Who notices a picture that is no such slice"
-    net, t = subject.model, subject.test.some(400, seed)
+    part = subject.some(pictures, seed)
+    net, t = subject.model, part.test
     kinds = made_strangers(t.x, seed=seed) | dict(strangers or {})
     known = get_acquainted(features_of(net, subject.train.x)[0], subject.train.targets)
     def scored(x):
         f, z = features_of(net, x.float())
         return stranger_scores(z, f, known)
-    own, valid, odd = scored(t.x), scored(subject.valid.x), {k: scored(v) for k, v in kinds.items()}
+    own, valid, odd = scored(t.x), scored(part.valid.x), {k: scored(v) for k, v in kinds.items()}
     groups = {k: t.units for k in odd if len(kinds[k]) == len(t) and k not in (strangers or {})}
     table = stranger_table(valid, own, odd, own_groups=t.units, groups=groups, keep=keep, n=n, seed=seed)
     best = table.groupby('score').auroc.mean().idxmax()
@@ -377,7 +379,8 @@ def stranger_section(
     area = table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))
     tables = [Table(let_in, 'Share of each kind that is let in'),
               Table(_shown(area, 'kind', 'score'), 'Area under ROC')]
-    return Section('Strangers', [text], tables, [figure], numbers=dict(best=best, strangers=table))
+    worst_case = dict(kind=worst['kind'], let_in=float(worst.let_in))
+    return Section('Strangers', [text], tables, [figure], numbers=dict(best=best, worst=worst_case, strangers=table))
 
 # %% ../../nbs/49_evaluate.parts.ipynb #b7ff0ca8
 def robustness_section(
@@ -404,14 +407,22 @@ def robustness_section(
             f'Mean error over {len(KINDS)} faults and severities {", ".join(map(str, levels))}: '
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']
-    return Section('Attacks and scanner faults', text, [Table(_bounds(found.table()), 'Accuracy under attack'),
+    return Section('Attacks and scanner faults', text, [Table(_bounds(_sure(found.table())), 'Accuracy under attack'),
                    Table(found.masking.table, 'Checks for hidden gradients'), Table(faults.table(), 'Error by fault')],
                    [curve, grid], warnings=[] if found.masking.passed else [f'{found.masking}.'.capitalize()],
-                   numbers=dict(attack=found.attack, pictures=len(t)))
+                   numbers=dict(attack=found.attack, pictures=len(t), accuracy=_sure(found.table())))
+
+def _sure(table):
+    "Where none or all are right, resamples know no other: the ends are then those of Clopper and Pearson over groups"
+    t, far = table.copy(), .025**(1/table.groups)
+    t['high'] = np.where(t.accuracy == 0, 1 - far, t.high)
+    t['low'] = np.where(t.accuracy == 1, far, t.low)
+    return t
 
 def _bounds(table):
-    "The table of an attack with its bounds as people write them"
-    return table.rename(columns=dict(eps_255='bound')).assign(bound=[f'{e:g}/255' for e in table.eps_255])
+    "The table of an attack as people write it"
+    return pd.DataFrame({'bound': [f'{e:g}/255' for e in table.eps_255], 'groups': table.groups,
+                         'accuracy': list(map(_span, table.accuracy, table.low, table.high))})
 
 # %% ../../nbs/49_evaluate.parts.ipynb #98bfdee0
 def explanation_section(
@@ -438,9 +449,22 @@ def explanation_section(
     k = int(subject.probs().max(1)[np.isin(subject.test.rows.path, t.rows.path)].argmax())
     shown = [_map_figure(c, net, t.x[k], int(t.targets[k]), None if truth is None else truth[k]) for c in checks]
     columns = ['map', 'test', 'value', 'low', 'high', 'limit', 'passed', 'empty']
-    return Section('Explanations put to the test', text, [Table(table[columns], 'Tests of each map')],
+    return Section('Explanations put to the test', text, [Table(_checks_shown(table), 'Tests of each map')],
                    galleries={'The surest picture under each map': shown},
-                   numbers=dict(passed=passed, tried=[c.name for c in checks]))
+                   numbers=dict(passed=passed, tried=[c.name for c in checks], checks=table[columns]))
+
+_TESTS = dict(weights='likeness after the weights are random, must end below',
+              deletion='deletion against chance, must end below', pointing='hits beyond chance, must begin above',
+              stability='likeness after a change of 2/255, must begin above')
+
+def _checks_shown(table):
+    "One row for each map, one column for each test with its limit"
+    limits = table.drop_duplicates('test').set_index('test').limit
+    names = {t: f'{_TESTS.get(t, t)} {limits[t]:g}' for t in limits.index}
+    said = [f'{_span(r.value, r.low, r.high)} {"passes" if r.passed else "fails"}' for r in table.itertuples()]
+    wide = table.assign(said=said).pivot(index='map', columns='test', values='said')
+    wide = wide.loc[list(dict.fromkeys(table['map'])), list(names)].rename(columns=names)
+    return wide.assign(**{'empty maps': table.drop_duplicates('map').set_index('map')['empty']}).reset_index()
 
 def _map_figure(check, net, image, target, mask):
     "One map with its stamp"

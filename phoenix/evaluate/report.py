@@ -240,7 +240,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 .caption{margin:0 0 .3rem;color:var(--soft);font-size:.9rem}
 th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
 thead th,tr:first-child>th[scope=row],tr:first-child>th[scope=row]+td{border-top:0}
-thead th{white-space:nowrap;border-bottom:1px solid var(--line)}
+thead th{max-width:13rem;border-bottom:1px solid var(--line)}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.long{min-width:15rem}
 td.hash{overflow-wrap:anywhere;font:.8rem/1.5 ui-monospace,monospace}
