@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.labels.html.md"""
 # %% auto #0
 __all__ = ['LIMITS', 'label_areas', 'area_change', 'label_verdict', 'certify_labels']
 
-# %% ../../nbs/52h_deploy.labels.ipynb #79ae92a2
+# %% ../../nbs/52h_deploy.labels.ipynb #c3b8baf0
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..evaluate.statistics import Interval, percentile_interval
 from ..records import sha256_file
 from ..settings import PhoenixError
 
-# %% ../../nbs/52h_deploy.labels.ipynb #6990aa97
+# %% ../../nbs/52h_deploy.labels.ipynb #ac469515
 def label_areas(
     probs:np.ndarray, # `(N,K)` in [0,1]
     targets:np.ndarray, # `(N,K)` 1, 0 or NaN where unknown
@@ -54,7 +54,7 @@ def area_change(
     n_groups = len(a) if groups is None else len(set(np.asarray(groups).tolist()))
     return percentile_interval(change[there].mean(), means, n_groups)
 
-# %% ../../nbs/52h_deploy.labels.ipynb #721ba44c
+# %% ../../nbs/52h_deploy.labels.ipynb #7464e48f
 LIMITS = {'max_drop':.01, 'max_low':.03, 'min_agreement':.95, 'min_label':.9}
 
 def label_verdict(
@@ -79,7 +79,7 @@ def _calls(a, b, thresholds, classes):
     return {'agreement':float(same.mean()), 'worst_label':min(each, key=each.get), 'worst_agreement':min(each.values()),
             'label_agreement':each}
 
-# %% ../../nbs/52h_deploy.labels.ipynb #c0f89e75
+# %% ../../nbs/52h_deploy.labels.ipynb #c5388386
 def certify_labels(
     fp32:str|Path, # float file
     int8:str|Path, # 8-bit file
@@ -102,7 +102,8 @@ def certify_labels(
         raise PhoenixError('some label must be known as present and as absent, none is: certify on more pictures')
     d, sizes = area_change(a, b, targets, groups, n=n), [Path(p).stat().st_size for p in (fp32, int8)]
     made = {'task':'labels', 'images':len(images), 'groups':d.n_groups, **_calls(a, b, thresholds, classes),
-            **{f'auc_{k}':float(np.nanmean(v)) for k, v in areas.items()}, 'labels':int(np.isfinite(areas['fp32']).sum()),
+            **{f'auc_{k}':float(np.nanmean(v)) for k, v in areas.items()},
+            'labels':int(np.isfinite(areas['fp32']).sum()),
             'auc_change':d.value, 'auc_change_low':d.low, 'auc_change_high':d.high,
             'mean_abs_prob_change':float(np.abs(a-b).mean()), 'max_abs_prob_change':float(np.abs(a-b).max()),
             'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0],

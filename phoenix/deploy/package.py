@@ -83,7 +83,7 @@ def _check_classes(classes, metrics):
         if order != list(classes):
             raise PackageError(f"Metrics must be in the order of the classes {list(classes)}, got {order}; sort them")
 
-# %% ../../nbs/50_deploy.package.ipynb #ed70f310
+# %% ../../nbs/50_deploy.package.ipynb #0bbe1903
 def _thresholds(threshold, classes, task):
     "One threshold, or one for each label with None where none could be chosen"
     if task not in ("classes", "labels"):
@@ -110,7 +110,11 @@ _CARD = """# {{ m.architecture.name }}: {{ m.classes|join(', ') }}
 ## Use
 {% if m.task == "labels" %}
 A grey picture in, a probability for each of {{ m.classes|length }} labels out; a picture may show any number of them.
-A label is said to be there from its threshold on: {% for c in m.classes %}{{ c }} {{ "none, never said" if m.threshold[loop.index0] is none else m.threshold[loop.index0]|round(3) }}{{ "" if loop.last else ", " }}{% endfor %}.
+A label is said to be there from its threshold on:
+{% for c, t in cuts %}
+- {{ c }}: {{ "none, never said to be there" if t is none else t|round(3) }}
+{% endfor %}
+
 It knows no other label, and a picture of another kind gets probabilities all the same.
 {% else %}
 A grey brain-MRI slice in, a probability for each of {{ m.classes|length }} classes out.
@@ -161,8 +165,9 @@ def _write_card(folder):
     for p in parity.values():
         p["figures"] = dict(_rows({k: v for k, v in p.items() if k not in ("ok", "sha256", "seal")}))
     env = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-    rows = list(_rows(info["metrics"]))
-    write_text(folder/"card.md", env.from_string(_CARD).render(m=info, rows=rows, parity=parity))
+    rows, labels = list(_rows(info["metrics"])), isinstance(info["threshold"], list)
+    cuts = list(zip(info["classes"], info["threshold"])) if labels else []
+    write_text(folder/"card.md", env.from_string(_CARD).render(m=info, rows=rows, parity=parity, cuts=cuts))
 
 
 def _parity(folder): return read_json(folder/"parity.json") if (folder/"parity.json").is_file() else {}
@@ -482,7 +487,7 @@ def softmax(
     e = np.exp(z - z.max(axis=1, keepdims=True))
     return e/e.sum(axis=1, keepdims=True)
 
-# %% ../../nbs/50_deploy.package.ipynb #4f9132c5
+# %% ../../nbs/50_deploy.package.ipynb #e2226f89
 def sigmoid(
     logits:np.ndarray, # (N,K)
 )->np.ndarray: # (N,K) float64, each in [0,1] by itself
@@ -498,7 +503,7 @@ def to_probs(self:Package,
     "Probabilities as this model means them: softmax of classes, the sigmoid of each label"
     return softmax(logits) if self.task == "classes" else sigmoid(logits)
 
-
+# %% ../../nbs/50_deploy.package.ipynb #b4c9b228
 @patch
 def called(self:Package,
     probs:np.ndarray, # (N,K)

@@ -161,6 +161,13 @@ def headline_section(
     return Section('Test set', [text], tables, figures, numbers=dict(headlines=table),
                    warnings=_few(spans) + _lacking(subject))
 
+def _few(spans):
+    "A warning where an interval is wider than 30 points"
+    wide = [name for name, i in spans.items() if i.high - i.low > .3]
+    said = f'Too few groups to say much about {", ".join(wide)}: the interval is wider than 30 points.'
+    return [said] if wide else []
+
+# %% ../../nbs/49_evaluate.parts.ipynb #2e66da05
 def _headlines(subject, probs, n, seed, source=None, areas=True):
     "Headlines of the test side; which classes a source lacks is said on the page"
     t = subject.test
@@ -178,6 +185,7 @@ def _lacking(subject):
     return [f'Source {_words(s)} holds {k} only: its numbers are about that alone, and no comparison of sources.'
             for s, k in few.items()]
 
+# %% ../../nbs/49_evaluate.parts.ipynb #847f1115
 _NAMES = dict(mcc='MCC', ece='ECE', nll='NLL', auc='AUC', f1='F1', macro_auc='macro AUC', macro_f1='macro F1')
 
 def _words(name): return _NAMES.get(name, str(name).replace('_', ' '))
@@ -193,12 +201,6 @@ def _shown(table, rows, columns):
     wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))].reset_index()
     wide[rows] = wide[rows].map(_words)
     return wide.rename(columns={c: _words(c) for c in wide})
-
-def _few(spans):
-    "A warning where an interval is wider than 30 points"
-    wide = [name for name, i in spans.items() if i.high - i.low > .3]
-    said = f'Too few groups to say much about {", ".join(wide)}: the interval is wider than 30 points.'
-    return [said] if wide else []
 
 # %% ../../nbs/49_evaluate.parts.ipynb #55c665ff
 MAPS_TRIED = ('temperature', 'vector', 'isotonic')
@@ -243,7 +245,7 @@ def trust_section(
 
 def _change(r):
     "What a map did, as a sentence: a falling NLL is a gain"
-    i = Interval(r['NLL_change'], r['change_low'], r['change_high'], 0)
+    i = Interval(*(round(r[k], 9) for k in ('NLL_change', 'change_low', 'change_high')), 0)
     verdict = 'it helps' if i.high < 0 else 'it harms' if i.low > 0 else 'no change is shown'
     return f'{r["probabilities"].capitalize()}: change of the NLL {show(i, "nats")}; {verdict}.'
 
@@ -320,7 +322,7 @@ def _sets_shown(table):
     for kind, rows in table.groupby('kind', sort=False):
         rows = rows.set_index('part')
         made[kind] = list(map(_span, *(rows[c].loc[made.index] for c in ('coverage', 'low', 'high'))))
-        made[f'size, {kind}'] = rows['size'].loc[made.index]
+        made[f'size ({kind.removeprefix("a threshold ")})'] = rows['size'].loc[made.index]
     made = made.reset_index().rename(columns=dict(n='pictures', n_groups='groups'))
     return made.assign(part=made.part.map(_words))
 

@@ -739,7 +739,8 @@ def deploy_section(
 )->Section: # latency and parity
     "What runs, how fast, and how equal it is to what was trained"
     named = {'ONNX against the network': parity, 'INT8 against FP32': int8, 'File sizes': sizes}
-    tables = [Table(bench, 'Latency')] + [dict_table(v, k) for k, v in named.items() if v]
+    def told(v): return {k: x for k, x in v.items() if k not in ('seal', 'limits') and not k.endswith('sha256')}
+    tables = [Table(bench, 'Latency')] + [dict_table(told(v), k) for k, v in named.items() if v]
     return Section('INT8 and latency', [], tables, numbers={k: dict(v) for k, v in named.items() if v})
 
 def provenance_section(

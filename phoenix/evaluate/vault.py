@@ -61,7 +61,8 @@ class Look:
 
     def __str__(self):
         if "accuracy" not in self.intervals:
-            return f"look {self.number}: macro AUC {self.scores['macro']['auc']:.3f} over {self.scores['labels_in']['auc']}"
+            auc, labels = self.scores["macro"]["auc"], self.scores["labels_in"]["auc"]
+            return f"look {self.number}: macro AUC {auc:.3f} over {labels} labels"
         a = self.intervals["accuracy"]
         return f"look {self.number}: accuracy {a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
 

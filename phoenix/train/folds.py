@@ -131,7 +131,7 @@ def seen_by(
     named = [set(map(int, str(s).split())) for s in oof.table.seen]
     return np.array([[k in s for k in sorted(set(oof.folds))] for s in named])
 
-# %% ../../nbs/34_train.folds.ipynb #8433189c
+# %% ../../nbs/34_train.folds.ipynb #be77c31d
 def need_one_class(
     oof:OutOfFold, # predictions
     what:str, # what is asked of them, as the subject of a sentence
@@ -193,7 +193,7 @@ class FoldRun:
 
     @property
     def accuracy(self)->float: # share of right answers
-        "Share of the fold's pictures whose largest logit is the label's; of labels, of the known ones right at one half"
+        "Share of pictures whose largest logit is the label's; of labels, share of the known that are right at .5"
         p = self.predictions
         return Predictions(p.logits, p.targets, p.table, p.classes).accuracy
 
