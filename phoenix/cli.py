@@ -371,7 +371,7 @@ def split_verify(
     text = "the certificate holds" if found.ok else "the certificate does not hold:\n" + "\n".join(found.reasons)
     return Reply(dict(ok=found.ok, reasons=list(found.reasons)), text, int(not found.ok))
 
-# %% ../nbs/91_cli.ipynb #18be2f99
+# %% ../nbs/91_cli.ipynb #38856ec5
 def training(
     model:str="", # network; the setting `model` when empty
     epochs:int=0, # most epochs; the setting when 0
@@ -475,20 +475,6 @@ def _train(run, manifest, cert, s, how, devices=1):
         synthetic=manifest.synthetic, published=published_split)
     return {k: {m: v[m] for m in ("n", "accuracy") if m in v} | v["macro"] for k, v in found.items()}
 
-# %% ../nbs/91_cli.ipynb #1c8fb945
-def _scores_of(trained):
-    "Scores by part, and the thresholds of labels, None where pictures have one class"
-    from phoenix.evaluate.metrics import scores
-    from phoenix.evaluate.multilabel import label_scores, label_thresholds
-    parts = {k: p for k, p in dict(valid=trained.valid, test=trained.test).items() if len(p.targets)}
-    if trained.test.task == "classes":
-        return {k: scores(p.probs, p.targets, p.classes) for k, p in parts.items()}, None
-    if "valid" not in parts:
-        raise PhoenixError("Several labels must have validation pictures for their thresholds, this split has none; "
-                           "split again with some")
-    cut = label_thresholds(trained.valid.probs, trained.valid.targets)
-    return {k: label_scores(p.probs, p.targets, p.classes, cut) for k, p in parts.items()}, cut.tolist()
-
 # %% ../nbs/91_cli.ipynb #c0acc182
 def _around(how): return dict(slices=how["slices"]) if how.get("slices", 1) > 1 else {}
 
@@ -501,7 +487,7 @@ def _trained(run, manifest, cert, s, how, devices):
     if devices == 1: return train_classifier(manifest, cert, **how)
     return train_on_devices(manifest, cert, devices, **how)
 
-
+# %% ../nbs/91_cli.ipynb #ae442abe
 def _options(s, how):
     "Options of `train_classifier`: what was typed over what the settings say"
     return _recipe(s) | how | (dict(seconds=s.seconds) if s.seconds else {})
@@ -523,6 +509,20 @@ def _look(cert, manifest, rows, probs, classes, why, **how):
     from phoenix.evaluate.vault import predictions_of, test_vault
     vault = test_vault(cert, manifest, load_settings().runs_dir, classes=list(classes))
     return vault.look(predictions_of(rows.path, probs, classes), why=why, **how)
+
+
+def _scores_of(trained):
+    "Scores by part, and the thresholds of labels, None where pictures have one class"
+    from phoenix.evaluate.metrics import scores
+    from phoenix.evaluate.multilabel import label_scores, label_thresholds
+    parts = {k: p for k, p in dict(valid=trained.valid, test=trained.test).items() if len(p.targets)}
+    if trained.test.task == "classes":
+        return {k: scores(p.probs, p.targets, p.classes) for k, p in parts.items()}, None
+    if "valid" not in parts:
+        raise PhoenixError("Several labels must have validation pictures for their thresholds, this split has none; "
+                           "split again with some")
+    cut = label_thresholds(trained.valid.probs, trained.valid.targets)
+    return {k: label_scores(p.probs, p.targets, p.classes, cut) for k, p in parts.items()}, cut.tolist()
 
 # %% ../nbs/91_cli.ipynb #237b6744
 @command(app, "watch", "phoenix watch runs/train-…")
@@ -588,24 +588,6 @@ def evaluate(
     text += f"\n\nThis is look {found['looks']} at the test labels." if part == "test" else ""
     return Reply(dict(part=part, runtime=runtime, **found), f"{text}\n\n{classes}")
 
-# %% ../nbs/91_cli.ipynb #453b248b
-def _label_reply(package, cert, manifest, rows, probs, targets, part, n):
-    "Scores of several labels, with intervals of the macro means by group"
-    from phoenix.evaluate.labels import measure_labels
-    cut = [float("nan") if t is None else t for t in package.threshold]
-    seen = None
-    if part == "test":
-        seen = _look(cert, manifest, rows, probs, package.classes, package.path.parent.name, who="phoenix evaluate")
-    found = measure_labels(probs, targets, rows.group.to_numpy(), package.classes, thresholds=cut, n=n)
-    spans = {f"macro_{m}": dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups)
-             for m, i in found.macro.items()}
-    text = lines([dict(score=k, **v) for k, v in spans.items()])
-    each = lines([dict(label=c, **{k: "" if x is None else x for k, x in v.items()})
-                  for c, v in found.scores["per_label"].items()])
-    if seen: text += f"\n\nThis is look {seen.number} at the test labels."
-    facts = dict(part=part, task="labels", **found.scores, intervals=spans) | (dict(looks=seen.number) if seen else {})
-    return Reply(facts, f"{text}\n\n{each}")
-
 # %% ../nbs/91_cli.ipynb #dbfc6815
 def _held(folder, certificate):
     "Manifest and certificate of a folder that is as it was certified"
@@ -648,6 +630,24 @@ def _targets(package, rows):
                                    "was trained on")
     return rows.label.map(package.classes.index).to_numpy()
 
+
+def _label_reply(package, cert, manifest, rows, probs, targets, part, n):
+    "Scores of several labels, with intervals of the macro means by group"
+    from phoenix.evaluate.labels import measure_labels
+    cut = [float("nan") if t is None else t for t in package.threshold]
+    seen = None
+    if part == "test":
+        seen = _look(cert, manifest, rows, probs, package.classes, package.path.parent.name, who="phoenix evaluate")
+    found = measure_labels(probs, targets, rows.group.to_numpy(), package.classes, thresholds=cut, n=n)
+    spans = {f"macro_{m}": dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups)
+             for m, i in found.macro.items()}
+    text = lines([dict(score=k, **v) for k, v in spans.items()])
+    each = lines([dict(label=c, **{k: "" if x is None else x for k, x in v.items()})
+                  for c, v in found.scores["per_label"].items()])
+    if seen: text += f"\n\nThis is look {seen.number} at the test labels."
+    facts = dict(part=part, task="labels", **found.scores, intervals=spans) | (dict(looks=seen.number) if seen else {})
+    return Reply(facts, f"{text}\n\n{each}")
+
 # %% ../nbs/91_cli.ipynb #6f3da1a4
 def _inside(folder, certificate, n, seed):
     "Manifest, certificate and its inner folds"
@@ -687,7 +687,7 @@ def cross_validation(
     each = lines([dict(fold=k, accuracy=v) for k, v in enumerate(cv.values)])
     return Reply(facts, f"{each}\n\n{lines(rows)}\n\npredictions: {facts['predictions']}")
 
-# %% ../nbs/91_cli.ipynb #87d40689
+
 def _fold_scores(oof, n):
     "Accuracy and macro F1 over folds and over all their pictures"
     from phoenix.evaluate.folds import summarise_folds
@@ -856,6 +856,15 @@ def export(
     text = lines([dict(batch=b, largest_difference=f"{d:.1e}") for b, d in parity.difference.items()])
     return Reply(parity.to_dict(), f"{text}\nmodel.onnx in {model}")
 
+
+def _certify_engine(model, images, runtime, engine):
+    "Certify a second engine, and refuse one that answers otherwise"
+    if not engine: return
+    from phoenix.deploy.package import load_package
+    from phoenix.deploy.runtimes import certify_engine
+    found = certify_engine(load_package(model), images, runtime, engine)
+    if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
+
 # %% ../nbs/91_cli.ipynb #815e1b56
 @command(app, "quantize", "phoenix quantize runs/train-…/model data/raw/phantom split.json")
 def quantize(
@@ -905,15 +914,6 @@ def _quantize_labels(package, folder, certificate, images, method, seed):
                                 classes=package.classes)
         if parity["ok"]: add_runtime(package.path, "int8", path, parity)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
-
-
-def _certify_engine(model, images, runtime, engine):
-    "Certify a second engine, and refuse one that answers otherwise"
-    if not engine: return
-    from phoenix.deploy.package import load_package
-    from phoenix.deploy.runtimes import certify_engine
-    found = certify_engine(load_package(model), images, runtime, engine)
-    if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
 
 # %% ../nbs/91_cli.ipynb #ed224976
 def _retrain(package, folder, certificate, epochs, lr, images, seed):
