@@ -7,11 +7,11 @@ Docs: https://phoenix-mri.github.io/phoenix/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'data_app', 'split_app', 'vault_app', 'keys_app', 'models_app', 'Reply', 'lines', 'command', 'doctor',
            'data_acquire', 'data_patients', 'data_audit', 'data_duplicates', 'data_slices', 'data_shortcuts',
-           'split_make', 'split_verify', 'train', 'watch', 'evaluate', 'cross_validation', 'compare_networks',
-           'report_models', 'parameter_search', 'export', 'quantize', 'qat', 'bench', 'predict', 'calibrate', 'scan',
-           'pair', 'serve', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify', 'keys_add', 'keys_list',
-           'keys_rotate', 'keys_revoke', 'models_add', 'models_list', 'models_promote', 'models_rollback',
-           'models_compare', 'usage']
+           'split_make', 'split_verify', 'training', 'train', 'watch', 'evaluate', 'cross_validation',
+           'compare_networks', 'report_models', 'parameter_search', 'export', 'quantize', 'qat', 'bench', 'predict',
+           'calibrate', 'scan', 'pair', 'serve', 'run', 'verify', 'vault_seal', 'vault_look', 'vault_verify',
+           'keys_add', 'keys_list', 'keys_rotate', 'keys_revoke', 'models_add', 'models_list', 'models_promote',
+           'models_rollback', 'models_compare', 'usage']
 
 # %% ../nbs/91_cli.ipynb #26939620
 import contextlib, functools, inspect, json, os, platform, shutil, sys, tempfile
@@ -24,6 +24,7 @@ from typing import Annotated
 
 import typer
 from fastcore.docments import docments
+from fastcore.meta import delegates
 
 from .settings import PhoenixError, load_settings
 
@@ -55,6 +56,7 @@ def _terminal(f):
     "The signature Typer reads: arguments without a default or before `/`, options after it, help, and --json"
     docs, params = docments(f), []
     for p in inspect.signature(f).parameters.values():
+        if p.kind is p.VAR_KEYWORD: continue # its flags are listed, by `delegates`
         flags = [f"-{p.name}"] if len(p.name) == 1 else []
         place = p.default is p.empty or p.kind is p.POSITIONAL_ONLY
         said = typer.Argument(help=docs[p.name]) if place else typer.Option(*flags, help=docs[p.name])
@@ -369,11 +371,8 @@ def split_verify(
     text = "the certificate holds" if found.ok else "the certificate does not hold:\n" + "\n".join(found.reasons)
     return Reply(dict(ok=found.ok, reasons=list(found.reasons)), text, int(not found.ok))
 
-# %% ../nbs/91_cli.ipynb #3cfb2128
-@command(app, "train", "phoenix train data/raw/phantom split.json --model neurosnake_tiny_ca --epochs 5")
-def train(
-    folder:Path, # raw folder
-    certificate:Path, # split certificate of that folder
+# %% ../nbs/91_cli.ipynb #38856ec5
+def training(
     model:str="", # network; the setting `model` when empty
     epochs:int=0, # most epochs; the setting when 0
     seconds:float=0., # training budget in seconds; 0 = none
@@ -392,15 +391,27 @@ def train(
     precision:str="fp32", # of the layers in training: 'bf16' or 'fp16' for half
     mixing:str="none", # 'mixup' or 'cutmix' of training pictures
     sam:float=0., # distance of sharpness-aware steps, 0.05 is usual; 0 = none
-    devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
-    resume:Path|None=None, # run folder of a training that was ended: go on with it, in a new run folder
-    published_split:bool=False, # train on a leaking split for comparison; stamps every output
-)->Reply: # validation and test scores, and where run and model lie
-    "Train a network on a certified split and package it"
+)->tuple: # settings with what was typed over them, and options of `train_classifier`
+    "What every command that trains can be told about a training"
     how = dict(slices=slices, accumulate=accumulate, loss=loss, weights=weights, opt=opt, schedule=schedule or None,
                average=average, ema_decay=ema_decay, swa_start=swa_start, precision=precision, mixing=mixing, sam=sam)
     if batch_size: how["batch_size"] = _batch_size(batch_size)
     s = _settings(model=model, epochs=epochs, seconds=seconds, size=size, seed=seed)
+    return s, how
+
+# %% ../nbs/91_cli.ipynb #3cfb2128
+@command(app, "train", "phoenix train data/raw/phantom split.json --model neurosnake_tiny_ca --epochs 5")
+@delegates(training)
+def train(
+    folder:Path, # raw folder
+    certificate:Path, # split certificate of that folder
+    devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
+    resume:Path|None=None, # run folder of a training that was ended: go on with it, in a new run folder
+    published_split:bool=False, # train on a leaking split for comparison; stamps every output
+    **recipe # of `training`
+)->Reply: # validation and test scores, and where run and model lie
+    "Train a network on a certified split and package it"
+    s, how = training(**recipe)
     how |= dict(published_split=published_split, resume=bool(resume))
     run, scores = _run_of(folder, certificate, s, how, devices, resume)
     facts = dict(run=str(run.path), model=str(run.path/"model"), scores=scores)
@@ -419,9 +430,6 @@ def _run_of(folder, certificate, s, how, devices, resume):
     from phoenix.data.splits import Certificate
     from phoenix.records import Run
     manifest, cert = build_manifest(folder), Certificate.load(certificate)
-    if manifest.task == "labels":
-        raise PhoenixError("phoenix train is for one class a picture, this set has several labels: run "
-                           f"`phoenix run 13_organs -p data={folder} -p kind=''`")
     run = Run.start("train", s.runs_dir, dict(s.model_dump(mode="json"), folder=folder.name, **how),
                     synthetic=manifest.synthetic)
     try:
@@ -452,11 +460,8 @@ def _train(run, manifest, cert, s, how, devices=1):
     "Train, score and package inside `run`"
     from phoenix.data.preprocess import Preprocess
     from phoenix.deploy.package import save_package
-    from phoenix.evaluate.metrics import scores
     trained, published_split = _trained(run, manifest, cert, s, how, devices), how["published_split"]
-    found = {k: scores(p.probs, p.targets, p.classes) for k, p in dict(valid=trained.valid,
-                                                                       test=trained.test).items() if len(p.targets)}
-    test = trained.test
+    (found, cut), test = _scores_of(trained), trained.test
     seen = _look(cert, manifest, test.rows, test.probs, test.classes, f"{s.model}, seed {s.seed}", who="phoenix train",
                  run=run)
     run.record(**found, looks=seen.number)
@@ -465,9 +470,10 @@ def _train(run, manifest, cert, s, how, devices=1):
         model_args=_around(how) | dict(n_classes=len(trained.test.classes)),
         state_dict=trained.learner.model.state_dict(), classes=trained.test.classes,
         preprocess=Preprocess(size=(s.size, s.size)),
-        certificate_sha256=cert.sha256, run_hash=run.path.name, metrics=found["test"], threshold=s.threshold,
+        certificate_sha256=cert.sha256, run_hash=run.path.name, metrics=found["test"],
+        task=test.task, threshold=s.threshold if cut is None else cut,
         synthetic=manifest.synthetic, published=published_split)
-    return {k: dict(n=v["n"], accuracy=v["accuracy"], **v["macro"]) for k, v in found.items()}
+    return {k: {m: v[m] for m in ("n", "accuracy") if m in v} | v["macro"] for k, v in found.items()}
 
 # %% ../nbs/91_cli.ipynb #c0acc182
 def _around(how): return dict(slices=how["slices"]) if how.get("slices", 1) > 1 else {}
@@ -477,10 +483,14 @@ def _trained(run, manifest, cert, s, how, devices):
     "The training of the settings, on one device or several"
     from phoenix.train.devices import train_on_devices
     from phoenix.train.learner import train_classifier
-    how = dict(_recipe(s), run_dir=run.path) | how
-    if s.seconds: how["seconds"] = s.seconds
+    how = _options(s, how) | dict(run_dir=run.path)
     if devices == 1: return train_classifier(manifest, cert, **how)
     return train_on_devices(manifest, cert, devices, **how)
+
+# %% ../nbs/91_cli.ipynb #ae442abe
+def _options(s, how):
+    "Options of `train_classifier`: what was typed over what the settings say"
+    return _recipe(s) | how | (dict(seconds=s.seconds) if s.seconds else {})
 
 
 def _recipe(s):
@@ -499,6 +509,20 @@ def _look(cert, manifest, rows, probs, classes, why, **how):
     from phoenix.evaluate.vault import predictions_of, test_vault
     vault = test_vault(cert, manifest, load_settings().runs_dir, classes=list(classes))
     return vault.look(predictions_of(rows.path, probs, classes), why=why, **how)
+
+
+def _scores_of(trained):
+    "Scores by part, and the thresholds of labels, None where pictures have one class"
+    from phoenix.evaluate.metrics import scores
+    from phoenix.evaluate.multilabel import label_scores, label_thresholds
+    parts = {k: p for k, p in dict(valid=trained.valid, test=trained.test).items() if len(p.targets)}
+    if trained.test.task == "classes":
+        return {k: scores(p.probs, p.targets, p.classes) for k, p in parts.items()}, None
+    if "valid" not in parts:
+        raise PhoenixError("Several labels must have validation pictures for their thresholds, this split has none; "
+                           "split again with some")
+    cut = label_thresholds(trained.valid.probs, trained.valid.targets)
+    return {k: label_scores(p.probs, p.targets, p.classes, cut) for k, p in parts.items()}, cut.tolist()
 
 # %% ../nbs/91_cli.ipynb #237b6744
 @command(app, "watch", "phoenix watch runs/train-…")
@@ -550,6 +574,7 @@ def evaluate(
     package, (manifest, cert) = load_package(model), _held(folder, certificate)
     rows = _rows(manifest, cert, part)
     probs, targets = package.probs(_files(package, folder, rows), runtime), _targets(package, rows)
+    if package.task == "labels": return _label_reply(package, cert, manifest, rows, probs, targets, part, bootstraps)
     if part == "test":
         why = f"{Path(model).parent.name}, {runtime}"
         seen = _look(cert, manifest, rows, probs, package.classes, why, n=bootstraps, who="phoenix evaluate")
@@ -596,11 +621,32 @@ def _files(package, folder, rows):
 
 
 def _targets(package, rows):
-    "Class numbers of the rows in the package's order"
+    "Class numbers of the rows in the package's order, or 1, 0 and NaN for each of its labels"
+    if package.task == "labels":
+        from phoenix.data.organs import label_matrix
+        return label_matrix(rows.label, package.classes)
     strange = sorted(set(rows.label) - set(package.classes))
     if strange: raise PhoenixError(f"The model knows {package.classes}, but the folder has {strange}; use the set it "
                                    "was trained on")
     return rows.label.map(package.classes.index).to_numpy()
+
+
+def _label_reply(package, cert, manifest, rows, probs, targets, part, n):
+    "Scores of several labels, with intervals of the macro means by group"
+    from phoenix.evaluate.labels import measure_labels
+    cut = [float("nan") if t is None else t for t in package.threshold]
+    seen = None
+    if part == "test":
+        seen = _look(cert, manifest, rows, probs, package.classes, package.path.parent.name, who="phoenix evaluate")
+    found = measure_labels(probs, targets, rows.group.to_numpy(), package.classes, thresholds=cut, n=n)
+    spans = {f"macro_{m}": dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups)
+             for m, i in found.macro.items()}
+    text = lines([dict(score=k, **v) for k, v in spans.items()])
+    each = lines([dict(label=c, **{k: "" if x is None else x for k, x in v.items()})
+                  for c, v in found.scores["per_label"].items()])
+    if seen: text += f"\n\nThis is look {seen.number} at the test labels."
+    facts = dict(part=part, task="labels", **found.scores, intervals=spans) | (dict(looks=seen.number) if seen else {})
+    return Reply(facts, f"{text}\n\n{each}")
 
 # %% ../nbs/91_cli.ipynb #6f3da1a4
 def _inside(folder, certificate, n, seed):
@@ -621,29 +667,39 @@ def _settings(**typed):
 
 # %% ../nbs/91_cli.ipynb #3fa9d517
 @command(app, "folds", "phoenix folds data/raw/phantom split.json --folds 4 --epochs 5")
+@delegates(training)
 def cross_validation(
     folder:Path, # raw folder
     certificate:Path, # split certificate of that folder
     output_dir:Path=Path("runs/folds"), # gets a folder for each fold and out_of_fold.csv; what is there goes on
     folds:int=0, # how many; the setting when 0, the authors' own where the certificate has them
-    model:str="", # network; the setting `model` when empty
-    epochs:int=0, # most epochs of each fold; the setting when 0
-    size:int=0, # side of the network's input, pixels; the setting when 0
-    seed:int=42, # root of all randomness
+    **recipe # of `training`, the same for each fold
 )->Reply: # accuracy of each fold, mean, spread, and the interval of all predictions by group
     "Cross-validate inside the training and validation sides of a split"
-    from phoenix.evaluate.folds import summarise_folds
     from phoenix.train.folds import cross_validate
-    s = _settings(folds=folds, model=model, epochs=epochs, size=size, seed=seed)
-    manifest, _, inner = _inside(folder, certificate, s.folds, s.seed)
-    cv = cross_validate(manifest, inner, run_dir=output_dir, resume=True, **_recipe(s))
-    found = [summarise_folds(cv.predictions, k, n=s.bootstraps) for k in ("accuracy", "macro_f1")]
-    rows = [dict(score=f.stat, pooled=f.interval.value, low=f.interval.low, high=f.interval.high, mean=f.mean,
-                 spread=f.spread) for f in found]
-    facts = dict(predictions=str(output_dir/"out_of_fold.csv"), scores={f.stat: f.to_dict() for f in found},
-                 synthetic=manifest.synthetic)
+    s, how = training(**recipe)
+    manifest, _, inner = _inside(folder, certificate, folds or s.folds, s.seed)
+    cv = cross_validate(manifest, inner, run_dir=output_dir, resume=True, **_options(s, how))
+    found = (_fold_scores if cv.predictions.task == "classes" else _fold_areas)(cv.predictions, s.bootstraps)
+    rows = [dict(score=k, pooled=v["value"], low=v["low"], high=v["high"]) | {m: v[m] for m in ("mean", "spread")
+            if m in v} for k, v in found.items()]
+    facts = dict(predictions=str(output_dir/"out_of_fold.csv"), scores=found, synthetic=manifest.synthetic)
     each = lines([dict(fold=k, accuracy=v) for k, v in enumerate(cv.values)])
     return Reply(facts, f"{each}\n\n{lines(rows)}\n\npredictions: {facts['predictions']}")
+
+
+def _fold_scores(oof, n):
+    "Accuracy and macro F1 over folds and over all their pictures"
+    from phoenix.evaluate.folds import summarise_folds
+    return {k: summarise_folds(oof, k, n=n).to_dict() for k in ("accuracy", "macro_f1")}
+
+
+def _fold_areas(oof, n):
+    "Macro area and macro average precision over the pictures of all folds"
+    from phoenix.evaluate.labels import measure_labels
+    cut = [float("nan")]*len(oof.classes)
+    found = measure_labels(oof.probs, oof.targets, oof.groups, oof.classes, thresholds=cut, n=n)
+    return {f"macro_{m}": i.to_dict() for m, i in found.macro.items()}
 
 # %% ../nbs/91_cli.ipynb #3502d5c6
 @command(app, "compare", "phoenix compare snake=runs/folds plain=runs/folds-plain")
@@ -676,6 +732,9 @@ def report_models(
     from phoenix.deploy.package import load_package
     from phoenix.evaluate.judge import Record, judge, judge_several
     manifest, cert = _held(folder, certificate)
+    if manifest.task == "labels":
+        raise PhoenixError("phoenix report must be given one class a picture, this set has several labels: "
+                           f"`phoenix run 13_organs -p data={folder} -p kind=''` makes their report")
     if len({m.resolve() for m in models}) < len(models):
         raise PhoenixError("Each model must be named once, one is named twice; leave it out")
     packages = {_called(m, models): load_package(m) for m in models}
@@ -797,6 +856,15 @@ def export(
     text = lines([dict(batch=b, largest_difference=f"{d:.1e}") for b, d in parity.difference.items()])
     return Reply(parity.to_dict(), f"{text}\nmodel.onnx in {model}")
 
+
+def _certify_engine(model, images, runtime, engine):
+    "Certify a second engine, and refuse one that answers otherwise"
+    if not engine: return
+    from phoenix.deploy.package import load_package
+    from phoenix.deploy.runtimes import certify_engine
+    found = certify_engine(load_package(model), images, runtime, engine)
+    if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
+
 # %% ../nbs/91_cli.ipynb #815e1b56
 @command(app, "quantize", "phoenix quantize runs/train-…/model data/raw/phantom split.json")
 def quantize(
@@ -815,6 +883,7 @@ def quantize(
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")
+    if package.task == "labels": return _quantize_labels(package, folder, certificate, images, method, seed)
     train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
     files = _files(package, folder, train)
     chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
@@ -828,13 +897,23 @@ def quantize(
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
 
-def _certify_engine(model, images, runtime, engine):
-    "Certify a second engine, and refuse one that answers otherwise"
-    if not engine: return
-    from phoenix.deploy.package import load_package
-    from phoenix.deploy.runtimes import certify_engine
-    found = certify_engine(load_package(model), images, runtime, engine)
-    if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
+def _quantize_labels(package, folder, certificate, images, method, seed):
+    "INT8 of a model of several labels, with the certificate that asks label by label"
+    from phoenix.deploy.labels import certify_labels
+    from phoenix.deploy.package import add_runtime
+    from phoenix.deploy.quantize import quantize_int8
+    from phoenix.keys import permutation
+    train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
+    files = _files(package, folder, train)
+    chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
+    with tempfile.TemporaryDirectory() as work:
+        float_file, path = package.path/"model.onnx", Path(work)/"model.int8.onnx"
+        quantize_int8(float_file, path, package.images(chosen), method=method)
+        parity = certify_labels(float_file, path, package.images(_files(package, folder, test)),
+                                _targets(package, test), test.group.to_numpy(), thresholds=package.threshold,
+                                classes=package.classes)
+        if parity["ok"]: add_runtime(package.path, "int8", path, parity)
+    return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
 # %% ../nbs/91_cli.ipynb #ed224976
 def _retrain(package, folder, certificate, epochs, lr, images, seed):
@@ -871,9 +950,9 @@ def qat(
     seed:int=42, # which of them, and the order of training
 )->Reply: # agreement, accuracy change with its interval, sizes; code 1 when the certificate is not ok
     "Train on with the roundings of INT8 inside, into a model folder with both files"
-    from phoenix.deploy.package import load_package
+    from phoenix.deploy.package import load_package, need_one_class
     from phoenix.deploy.qat import package_aware
-    package = load_package(model)
+    package = need_one_class(load_package(model), "Training with roundings")
     if into.exists() and any(into.iterdir()):
         raise PhoenixError(f"The model must go to a folder of its own, but {into.name!r} has content; choose another")
     aware, metrics = _retrain(package, folder, certificate, epochs, lr, images, seed)
@@ -918,10 +997,12 @@ def predict(
     package = load_package(model)
     how = dict(engine=engine) | ({} if threshold < 0 else dict(threshold=threshold))
     answers = package.predict(images, runtime, **how)
-    rows = [dict(image=a.path.name, answer="abstains" if a.abstained else a.label, **a.probs, why=a.reason)
+    def said(a): return ", ".join(a.present) or "none" if package.task == "labels" else a.label
+    rows = [dict(image=a.path.name, answer="abstains" if a.abstained else said(a), **a.probs, why=a.reason)
             for a in answers]
-    data = [dict(image=str(a.path), label=a.label, abstained=a.abstained, reason=a.reason, probs=a.probs)
-            for a in answers]
+    more = [dict(present=list(a.present)) if package.task == "labels" else {} for a in answers]
+    data = [dict(image=str(a.path), label=a.label, abstained=a.abstained, reason=a.reason, probs=a.probs) | m
+            for a, m in zip(answers, more)]
     return Reply(dict(answers=data, runtime=runtime), lines(rows))
 
 # %% ../nbs/91_cli.ipynb #69f96f4e

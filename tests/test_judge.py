@@ -16,7 +16,7 @@ from phoenix.evaluate.metrics import MetricError, scores
 from phoenix.evaluate.parts import _sets, _told, take_subject
 from phoenix.train.learner import train_classifier
 
-TINY = judging.Effort(50, "pgd", dict(steps=2, restarts=1, queries=5), (2/255,), (5,), 4, 3, ("gradcam",), 3)
+TINY = judging.Effort(50, "pgd", dict(steps=2, restarts=1, queries=5), (2/255,), (5,), 4, 3, 40, 60, ("gradcam",), 3)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import onnxruntime as ort
 import torch
 
 from ..data.pixels import PixelError, read_pixels
-from .package import RUNTIMES, Package, load_package, softmax
+from .package import RUNTIMES, Package, load_package, need_one_class, softmax
 from .package import _list_hashes
 from ..evaluate.calibration import Calibrator, ece, fit_calibrator
 from ..evaluate.explain import check_map
@@ -235,6 +235,7 @@ def fit_decision(
     threads:int=1, # CPU threads
 )->Decision: # to be kept with `save_decision`
     "Fit temperature, sets and strangers of one network on a validation fold"
+    need_one_class(package, "A decision")
     targets = np.asarray(targets)
     if not len(images) == len(targets) == len(groups) or len(images) < 20:
         raise DecisionError(f"A fold must have 20 pictures or more with a class and a group each, got {len(images)}, "
@@ -431,6 +432,7 @@ def judge_prepared(
     threads:int=1, # CPU threads
 )->Finding: # the same in any company
     "The finding of a picture that was prepared already, as a server has it"
+    need_one_class(package, "A finding")
     if rules.threshold is None: rules = replace(rules, threshold=package.threshold)
     tap = decision is not None and (decision.strangers or {}).get("score") == "mahalanobis"
     views = decision.views if decision else tuple(VIEWS)

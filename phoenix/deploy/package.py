@@ -6,7 +6,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.package.html.md"""
 
 # %% auto #0
 __all__ = ['FILES', 'EXTRAS', 'RUNTIMES', 'PackageError', 'verify_package', 'save_package', 'Package', 'load_package', 'seal_of',
-           'add_runtime', 'add_engine', 'Answer', 'softmax']
+           'add_runtime', 'add_engine', 'Answer', 'softmax', 'sigmoid', 'need_one_class']
 
 # %% ../../nbs/50_deploy.package.ipynb #9573228e
 import dataclasses, json, shutil, uuid
@@ -83,6 +83,20 @@ def _check_classes(classes, metrics):
         if order != list(classes):
             raise PackageError(f"Metrics must be in the order of the classes {list(classes)}, got {order}; sort them")
 
+# %% ../../nbs/50_deploy.package.ipynb #0bbe1903
+def _thresholds(threshold, classes, task):
+    "One threshold, or one for each label with None where none could be chosen"
+    if task not in ("classes", "labels"):
+        raise PackageError(f"The task must be 'classes' or 'labels', got {task!r}; say what a picture has")
+    several = not isinstance(threshold, (int, float))
+    values = [None if t is None or t != t else float(t) for t in threshold] if several else [float(threshold)]
+    if several != (task == "labels") or several and len(values) != len(classes):
+        want = f"one for each of {len(classes)} labels" if task == "labels" else "one number"
+        raise PackageError(f"The threshold of {task} must be {want}, got {threshold}; correct it")
+    if odd := [t for t in values if t is not None and not 0 <= t <= 1]:
+        raise PackageError(f"The threshold must lie in [0,1], got {odd[0]}; correct it")
+    return values if several else values[0]
+
 # %% ../../nbs/50_deploy.package.ipynb #503cf448
 _CARD = """# {{ m.architecture.name }}: {{ m.classes|join(', ') }}
 {% if m.synthetic %}
@@ -94,9 +108,19 @@ _CARD = """# {{ m.architecture.name }}: {{ m.classes|join(', ') }}
 {% endif %}
 
 ## Use
+{% if m.task == "labels" %}
+A grey picture in, a probability for each of {{ m.classes|length }} labels out; a picture may show any number of them.
+A label is said to be there from its threshold on:
+{% for c, t in cuts %}
+- {{ c }}: {{ "none, never said to be there" if t is none else t|round(3) }}
+{% endfor %}
+
+It knows no other label, and a picture of another kind gets probabilities all the same.
+{% else %}
 A grey brain-MRI slice in, a probability for each of {{ m.classes|length }} classes out.
 Below a probability of {{ m.threshold }} it abstains.
 It knows no other class: a slice of another kind gets one of these names or none.
+{% endif %}
 
 ## Made from
 | | |
@@ -141,8 +165,9 @@ def _write_card(folder):
     for p in parity.values():
         p["figures"] = dict(_rows({k: v for k, v in p.items() if k not in ("ok", "sha256", "seal")}))
     env = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)
-    rows = list(_rows(info["metrics"]))
-    write_text(folder/"card.md", env.from_string(_CARD).render(m=info, rows=rows, parity=parity))
+    rows, labels = list(_rows(info["metrics"])), isinstance(info["threshold"], list)
+    cuts = list(zip(info["classes"], info["threshold"])) if labels else []
+    write_text(folder/"card.md", env.from_string(_CARD).render(m=info, rows=rows, parity=parity, cuts=cuts))
 
 
 def _parity(folder): return read_json(folder/"parity.json") if (folder/"parity.json").is_file() else {}
@@ -171,22 +196,23 @@ def save_package(
     certificate_sha256:str, # of the split certificate; '' only for a published split
     run_hash:str, # of the sealed training run, or its id while it is unsealed
     metrics:Mapping[str,Any], # what was measured
-    threshold:float, # probability below which it abstains
+    threshold:float|Sequence[float], # probability below which it abstains; of labels, the one from which each is there
     synthetic:bool, # trained on made images
     published:bool, # trained on a published split without a certificate
+    task:str="classes", # 'classes': one for each picture; 'labels': any number of them
 )->object: # a `Package`, loaded again from the folder, hence verified
     "Write a model folder, whole or not at all"
     folder = Path(folder)
     _check_classes(classes, metrics)
     if not metrics: raise PackageError("A model must come with metrics, got none; evaluate it first")
-    if not 0 <= threshold <= 1: raise PackageError(f"The threshold must lie in [0,1], got {threshold}; correct it")
+    threshold = _thresholds(threshold, classes, task)
     if not certificate_sha256 and not published:
         raise PackageError("A model must name its split certificate, got none; certify it, or stamp it published")
     if folder.exists() and any(folder.iterdir()):
         raise PackageError(f"A model must go to a folder of its own, but {folder.name!r} has content; choose another")
     weights = _arrays(state_dict)
     info = _model_json(model_name, model_args, weights, classes, preprocess, metrics=metrics,
-                       threshold=float(threshold), certificate_sha256=certificate_sha256, run_hash=run_hash,
+                       task=task, threshold=threshold, certificate_sha256=certificate_sha256, run_hash=run_hash,
                        synthetic=bool(synthetic), published=bool(published))
     _write_folder(folder, info, save_weights(weights, {"classes": json.dumps(list(classes))}))
     return load_package(folder)
@@ -219,6 +245,9 @@ class Package:
 
     @property
     def threshold(self): return self.info["threshold"]
+
+    @property
+    def task(self): return self.info.get("task", "classes") # a folder that says nothing has one class a picture
 
     @property
     def runtimes(self): return [r for r, f in RUNTIMES.items() if f in self.hashes]
@@ -447,6 +476,7 @@ class Answer:
     probs:dict[str,float] # probability by class; empty when the picture can't be read
     abstained:bool # whether it names no class
     reason:str # why it abstains, '' when it does not
+    present:tuple[str,...]=() # of a model of several labels: those that are there, possibly none
 
 
 def softmax(
@@ -456,6 +486,41 @@ def softmax(
     z = np.asarray(logits, np.float64)
     e = np.exp(z - z.max(axis=1, keepdims=True))
     return e/e.sum(axis=1, keepdims=True)
+
+# %% ../../nbs/50_deploy.package.ipynb #e2226f89
+def sigmoid(
+    logits:np.ndarray, # (N,K)
+)->np.ndarray: # (N,K) float64, each in [0,1] by itself
+    "Probabilities of logits that do not exclude each other, finite at any size"
+    e = np.exp(-np.abs(z := np.asarray(logits, np.float64)))
+    return np.where(z >= 0, 1, e)/(1 + e)
+
+
+@patch
+def to_probs(self:Package,
+    logits:np.ndarray, # (N,K)
+)->np.ndarray: # (N,K) float64: rows sum to 1 where a picture has one class
+    "Probabilities as this model means them: softmax of classes, the sigmoid of each label"
+    return softmax(logits) if self.task == "classes" else sigmoid(logits)
+
+# %% ../../nbs/50_deploy.package.ipynb #b4c9b228
+@patch
+def called(self:Package,
+    probs:np.ndarray, # (N,K)
+)->np.ndarray: # class numbers (N,), or bool (N,K) of labels
+    "What is said at these probabilities: the largest, or each label that reaches its threshold"
+    if self.task == "classes": return probs.argmax(1)
+    return probs >= np.array([np.inf if t is None else t for t in self.threshold])
+
+
+def need_one_class(
+    package:Package, # an open model folder
+    what:str, # what is asked of it, as the subject of a sentence
+)->Package: # the same
+    "Refuse a model of several labels where a part has a meaning for one class a picture alone"
+    if package.task == "classes": return package
+    raise PackageError(f"{what} must be given a model of one class a picture, this one has {len(package.classes)} "
+                       "labels that do not exclude each other; use `phoenix predict` and `phoenix evaluate`")
 
 # %% ../../nbs/50_deploy.package.ipynb #2e6de336
 @patch
@@ -496,9 +561,12 @@ def _read(package, path):
 
 
 def _answer(path, probs, classes, threshold):
-    "One answer; it abstains below the threshold"
-    best = int(np.argmax(probs))
+    "One answer; it abstains below the threshold, and of labels it names those that reach their own"
     named = {c: float(p) for c, p in zip(classes, probs)}
+    if isinstance(threshold, list):
+        there = tuple(c for c, t in zip(classes, threshold) if t is not None and named[c] >= t)
+        return Answer(path, None, named, False, "", there)
+    best = int(np.argmax(probs))
     if probs[best] >= threshold: return Answer(path, classes[best], named, False, "")
     reason = f"highest probability {probs[best]:.3f} is below the threshold {threshold:g}"
     return Answer(path, None, named, True, reason)
@@ -509,18 +577,19 @@ def predict(self:Package,
     paths:Sequence[str|Path], # pictures
     runtime:Literal["fp32","int8"]="int8", # which network
     *,
-    threshold:float|None=None, # abstain below this probability; the model's own when None
+    threshold:float|None=None, # abstain below this; of labels, from which each is there; the model's own when None
     batch_size:int=32, # pictures at a time
     threads:int=1, # CPU threads
     engine:Literal["onnxruntime","openvino","auto"]="onnxruntime", # what runs it
 )->list[Answer]: # in the order of `paths`
     "Classify pictures, or abstain and say why; torch is not needed"
     self.session(runtime, threads, engine)
-    threshold, answers = self.threshold if threshold is None else threshold, []
+    answers, labels = [], len(self.classes) if self.task == "labels" else 0
+    threshold = self.threshold if threshold is None else [threshold]*labels if labels else threshold
     for start in range(0, len(paths), batch_size):
         batch = [_read(self, p) for p in paths[start:start + batch_size]]
         ready = [x for _, x, _ in batch if x is not None]
-        probs = iter(softmax(self.logits(np.concatenate(ready), runtime, threads, engine)) if ready else ())
+        probs = iter(self.to_probs(self.logits(np.concatenate(ready), runtime, threads, engine)) if ready else ())
         answers += [Answer(p, None, {}, True, why) if x is None else _answer(p, next(probs), self.classes, threshold)
                     for p, x, why in batch]
     return answers
@@ -538,4 +607,4 @@ def probs(self:Package,
     "Probabilities for an evaluation: every picture must be readable, none is left out"
     starts = range(0, len(paths), batch_size)
     parts = [self.logits(self.images(paths[i:i + batch_size]), runtime, threads, engine) for i in starts]
-    return softmax(np.concatenate(parts)) if parts else np.zeros((0, len(self.classes)))
+    return self.to_probs(np.concatenate(parts)) if parts else np.zeros((0, len(self.classes)))

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ..data.preprocess import Preprocess
 from .engines import open_network
-from .package import RUNTIMES, Package, softmax
+from .package import RUNTIMES, Package
 from ..records import write_bytes
 from ..settings import PhoenixError
 
@@ -295,13 +295,14 @@ def prepare_into(
     return g('Concat', *[x]*channels, axis=1) if channels>1 else x
 
 # %% ../../nbs/51a_deploy.pipeline.ipynb #0054131b
-def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float)->None:
-    "Put preprocessing before a network, and temperature and softmax behind it"
+def _join(graph:onnx.GraphProto, g:Graph, ready:str, temperature:float, task:str='classes')->None:
+    "Put preprocessing before a network, and temperature and softmax, of labels the sigmoid of each, behind it"
     old, logits = graph.input[0].name, graph.output[0]
     classes = logits.type.tensor_type.shape.dim[1].dim_value
     tail = Graph('answer/')
     scaled = tail('Div', logits.name, F32(temperature))
-    last = helper.make_node('Softmax', [scaled], ['probs'], name='answer/Softmax', axis=1)
+    kind, how = ('Softmax', dict(axis=1)) if task=='classes' else ('Sigmoid', {})
+    last = helper.make_node(kind, [scaled], ['probs'], name=f'answer/{kind}', **how)
     done = helper.make_node('Identity', [ready], [old], name='prepare/done')
     nodes = [*g.nodes, done, *graph.node, *tail.nodes, last]
     nodes = [NodeProto.FromString(n.SerializeToString()) for n in nodes]
@@ -329,7 +330,7 @@ def export_pipeline(
     model = onnx.load_model_from_string(package.read(RUNTIMES[runtime]))
     g = Graph()
     ready = prepare_into(g, package.preprocess, 'image', package.info['pixels']['channels'])
-    _join(model.graph, g, ready, t)
+    _join(model.graph, g, ready, t, package.task)
     onnx.helper.set_model_props(model, {q.key:q.value for q in model.metadata_props} | {
         'pixels':'uint8 (N,1,H,W)', 'temperature':repr(float(t)), 'preprocess':package.info['preprocess_digest']})
     onnx.checker.check_model(model, full_check=True)
@@ -352,7 +353,7 @@ def check_pipeline(
     t = package.info.get('temperature', 1.) if temperature is None else temperature
     for grey in pictures:
         x = package.preprocess(grey)[None,None].astype(np.float32)/np.float32(255)
-        want = softmax(package.logits(x.repeat(package.info['pixels']['channels'], 1), runtime)/t)
+        want = package.to_probs(package.logits(x.repeat(package.info['pixels']['channels'], 1), runtime)/t)
         got = session.run(None, {'image':grey[None,None]})[0]
         far.append(float(np.abs(got-want).max())); same.append(bool(got.argmax()==want.argmax()))
     worst, share = max(far), float(np.mean(same))

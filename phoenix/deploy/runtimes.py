@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from .engines import check_engine, open_network
-from .package import Package, add_engine, softmax
+from .package import Package, add_engine
 from ..settings import PhoenixError
 
 # %% ../../nbs/51b_deploy.runtimes.ipynb #cb97da29
@@ -49,8 +49,9 @@ def check_engine_parity(
     for n in batches:
         parts = [images[i:i+n].astype(np.float32) for i in range(0, len(images), n)]
         a, b = (np.concatenate(o) for o in zip(*[_both(package, runtime, engine, x) for x in parts]))
-        far[str(n)], gap = float(np.abs(a-b).max()), max(gap, float(np.abs(softmax(a)-softmax(b)).max()))
-        same.append(float((a.argmax(1)==b.argmax(1)).mean()))
+        p, q = package.to_probs(a), package.to_probs(b)
+        far[str(n)], gap = float(np.abs(a-b).max()), max(gap, float(np.abs(p-q).max()))
+        same.append(float((package.called(p)==package.called(q)).mean()))
     least, whole = min(same), runtime=='fp32'
     ok = max(far.values())<=tol and least==1 if whole else least>=min_agreement and np.isfinite(gap)
     rule = f'logits within {tol:g} and every class the same' if whole else f'{min_agreement:g} or more keep their class'

@@ -107,6 +107,6 @@ def plot_gaps(
     ax.set_yticks(y, [f'{m} {c}'.strip().replace('_', ' ') for m, c in zip(table.measure, table['class'])], fontsize=8)
     real = table[table.p < .05]
     ax.set(xlabel='largest minus smallest rate', ylim=(len(table) - .4, -.6))
-    ax.set_title(f'{len(real)} of {len(table)} gaps are beyond chance (p < 0.05, uncorrected)', fontsize=10)
-    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.4, -.16), ncols=2, frameon=False)
+    ax.set_title(f'{len(real)} of {len(table)} gaps are beyond chance\n(p < 0.05, uncorrected)', fontsize=9)
+    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.4, -.7/(.5 + .3*len(table))), ncols=2, frameon=False)
     return ax

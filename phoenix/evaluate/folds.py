@@ -19,7 +19,7 @@ from .metrics import MetricError
 from .statistics import Interval, RowSums, bootstrap, paired_difference
 from ..plots import style
 from ..train.ensembles import align
-from ..train.folds import OutOfFold, check_out_of_fold
+from ..train.folds import OutOfFold, check_out_of_fold, need_one_class
 
 # %% ../../nbs/41a_evaluate.folds.ipynb #396b52b2
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def summarise_folds(
     level:float=.95, # coverage
 )->FoldSummary: # values of folds, mean, spread, pooled interval
     "Mean and spread over folds, and the interval of all out-of-fold predictions"
-    oof = check_out_of_fold(oof)
+    oof = check_out_of_fold(need_one_class(oof, 'A score of folds'))
     probs, targets, folds = oof.probs, oof.targets, oof.folds
     values = [_value(stat, probs[folds == f], targets[folds == f]) for f in np.unique(folds)]
     known = [v for v in values if np.isfinite(v)]

@@ -49,7 +49,7 @@ def _areas(probs, targets, weights, classes):
     return {('macro_auc', ''): mean} | {('auc', c): found[..., i] for i, c in enumerate(classes)}
 
 # %% ../../nbs/41c_evaluate.headlines.ipynb #f967977b
-def _resampled(probs, targets, codes, stratum, more, classes, n, seed):
+def _resampled(probs, targets, codes, stratum, more, classes, n, seed, areas):
     "Each headline on the data, in `n` resamples, and without each group"
     k = probs.shape[1]
     further = (np.asarray(s.rows(probs, targets), float) for s in more.values())
@@ -59,11 +59,13 @@ def _resampled(probs, targets, codes, stratum, more, classes, n, seed):
         first, *rest = np.split(x, cuts, axis=-1)
         named = {(name, ''): s.value(v) for (name, s), v in zip(more.items(), rest)}
         return _from_matrix(first.reshape(*first.shape[:-1], k, k), classes) | named
-    whole = np.ones((1, len(targets)))
-    value = of_sums(sums.sum(0)) | {m: v[0] for m, v in _areas(probs, targets, whole, classes).items()}
-    blocks = [of_sums(w @ sums) | _areas(probs, targets, w[:, codes], classes) for w in _draw(stratum, n, seed)]
+    def ranked(w): return _areas(probs, targets, w[:, codes], classes) if areas else {}
+    whole = np.ones((1, int(codes.max()) + 1))
+    value = of_sums(sums.sum(0)) | {m: v[0] for m, v in ranked(whole).items()}
+    blocks = [of_sums(w @ sums) | ranked(w) for w in _draw(stratum, n, seed)]
     draws = {m: np.concatenate([b[m] for b in blocks]) for m in value}
-    return value, draws, of_sums(sums.sum(0) - sums) | _areas_left_out(probs, targets, codes, classes)
+    left_out = _areas_left_out(probs, targets, codes, classes) if areas else {}
+    return value, draws, of_sums(sums.sum(0) - sums) | left_out
 
 def _areas_left_out(probs, targets, codes, classes):
     "Areas without each group, to first order"
@@ -82,16 +84,19 @@ def _row(value, draws, left_out, units, level):
     return dict(value=bca.value, low=bca.low, high=bca.high, percentile_low=plain.low, percentile_high=plain.high,
                 undefined=plain.undefined, note=bca.note)
 
-def _one_source(probs, targets, groups, classes, more, strata, n, seed, level):
+_OF_TWO = {'mcc', 'macro_precision', 'macro_f1', 'precision', 'f1'} # where all pictures have one class they say nothing
+
+def _one_source(probs, targets, groups, classes, more, strata, n, seed, level, areas):
     "Rows of the headlines of one set of pictures"
     codes = _codes(groups, len(targets))
     stratum = _strata_of(codes, class_strata(targets, groups) if isinstance(strata, str) else strata)
-    value, draws, without = _resampled(probs, targets, codes, stratum, more, classes, n, seed)
+    value, draws, without = _resampled(probs, targets, codes, stratum, more, classes, n, seed, areas)
     counts, units = np.bincount(targets, minlength=len(classes)), int(codes.max() + 1)
     present = int((counts > 0).sum())
     for (measure, name), v in value.items():
         mine = int(counts[classes.index(name)]) if name else len(targets)
-        row = _row(float(v), draws[measure, name], without.get((measure, name), np.zeros(0)), units, level)
+        v = np.nan if present < 2 and measure in _OF_TWO else float(v)
+        row = _row(v, draws[measure, name], without.get((measure, name), np.zeros(0)), units, level)
         yield dict(measure=measure, **{'class': name}) | row | dict(n=mine, n_groups=units, classes=present)
 
 # %% ../../nbs/41c_evaluate.headlines.ipynb #8f64a1d8
@@ -106,6 +111,7 @@ def headlines(
     n:int = 2000, # resamples
     seed:int = 42, # key of the draws
     level:float = .95, # coverage
+    areas:bool = True, # with the areas under ROC, which take most of the time; without them the rest is the same
     strata:Sequence|str|None = 'class', # 'class' keeps the mix of classes; or one stratum a row; or None
 )->pd.DataFrame: # source, measure, class, value, low, high, percentile ends, n, n_groups, classes present, note
     "Every headline with BCa and percentile intervals: over all, per source, macro and per class"
@@ -122,5 +128,5 @@ def headlines(
         if absent: warnings.warn(f'source {s!r} has no picture of {", ".join(absent)}: macro means are over the others')
         inner = strata if strata is None or isinstance(strata, str) else np.asarray(strata)[mine]
         rows += [dict(source=s) | r for r in _one_source(probs[mine], targets[mine], groups[mine], list(classes),
-                                                         more or {}, inner, n, seed, level)]
+                                                         more or {}, inner, n, seed, level, areas)]
     return pd.DataFrame(rows)

@@ -52,10 +52,13 @@ REFORMS = {
 def _facts_of_data(manifest, certificate, preprocess):
     "Answers that manifest and certificate give"
     t, bad = manifest.table, manifest.table[manifest.table.problem != '']
+    sides = {s: certificate.counts[s] for s in ('train', 'valid', 'test') if s in certificate.counts}
     counts = '; '.join(f'{s} {sum(c.values())} ({", ".join(f"{k} {v}" for k, v in sorted(c.items()))})'
-                       for s, c in sorted(certificate.counts.items()))
+                       for s, c in sides.items())
     who = f'{t.patient[t.patient != ""].nunique()} patients' if manifest.has_patients else 'patients unknown'
     p, out = certificate.proof, pd.Series(certificate.left_out, dtype=object)
+    out = out.str.replace(r'^same group as .* \((\w+)\)$', r'twins of a picture of the \1 side', regex=True)
+    across = f'{p.get("patients_across", 0)} patients across sides' if p.get('patients') else 'patients are not named'
     return {'2a': f'manifest {manifest.sha256[:16]}',
             '3a': manifest.source + (', synthetic' if manifest.synthetic else ''),
             '3d': f'one of {", ".join(manifest.classes)}', '3e': f'{len(t)} pictures, {who}: {counts}',
@@ -65,8 +68,7 @@ def _facts_of_data(manifest, certificate, preprocess):
                   or 'none found by decoding every file',
             '4c': str(preprocess) if preprocess is not None else '',
             '6a': f'{certificate.kind}, rule {certificate.rule}; {p.get("groups_across", 0)} groups on two sides',
-            '6b': f'{p.get("edges", 0)} pairs of copies found, {p.get("edges_across", 0)} across sides; '
-                  f'{p.get("patients_across", 0)} patients across sides'}
+            '6b': f'{p.get("edges", 0)} pairs of copies found, {p.get("edges_across", 0)} across sides; {across}'}
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #a39cebbd
 def reforms_section(
@@ -93,12 +95,18 @@ def refusals(
     "What can't be claimed because of what the sections found, or did not look at"
     said = {s.title: s.numbers for s in sections}
     maps, gate = said.get('Explanations put to the test'), said.get('Doubt and abstention')
+    bound, clean, under = _under_attack(said.get('Attacks and scanner faults'))
+    odd = said.get('Strangers', {}).get('worst', dict(kind='', let_in=0.))
     facts = {
         'No map of this network is an explanation of it: none passes all tests.':
             maps is not None and not maps['passed'],
         'Whether heat maps show anything was not tested.': maps is None,
         'Sets and thresholds keep their promise only for pictures like the validation side.': gate is not None,
         'The promise of the sets is missed by more than 5 points in a class.': gate is not None and gate['off'] > .05,
+        f'A change of {bound} that nobody sees takes accuracy from {100*clean:.1f} % to {100*under:.1f} %: an answer '
+        'to a picture that somebody could have altered means nothing.': under < clean/2,
+        f'Strange pictures are not kept out: {100*odd["let_in"]:.0f} % of “{odd["kind"]}” are let in.':
+            odd['let_in'] > .5,
         'Nothing is known about attacks and scanner faults.': 'Attacks and scanner faults' not in said,
         'No control with shuffled labels was trained: learning from something else than the label is not excluded.':
             not control,
@@ -107,6 +115,12 @@ def refusals(
             bool(looks and looks > 1),
         'One network of one seed was judged: how much another seed would differ is not known.': True}
     return [sentence for sentence, holds in facts.items() if holds]
+
+def _under_attack(numbers):
+    "Smallest bound, accuracy without and with it"
+    table = (numbers or {}).get('accuracy')
+    if table is None or len(table) < 2: return '', 0., 0.
+    return f'{table.eps_255[1]:g}/255', float(table.accuracy[0]), float(table.accuracy[1])
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #a5b1035c
 @dataclass(frozen=True)
@@ -119,11 +133,16 @@ class Effort:
     levels:tuple[int, ...] = (1, 2, 3, 4, 5) # severities of scanner faults
     attacked:int = 200 # pictures
     explained:int = 24 # pictures
+    doubted:int = 5000 # pictures of each side that are asked in six views and under a change
+    strange:int = 400 # pictures of each side that strangers are told from
     maps:tuple[str, ...]|None = None # kinds; None: all
     steps:int = 20 # of deletion
 
 EFFORTS = dict(full=Effort(),
-               quick=Effort(1000, 'pgd', dict(steps=10, restarts=1), (1/255, 4/255), (1, 3, 5), 32, 8, ('gradcam',), 8))
+               quick=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=16, queries=100), (1/255, 4/255), (1, 3, 5),
+                            32, 8, 200, 200, ('gradcam',), 8),
+               brief=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=6, queries=30), (1/255,), (3,),
+                            16, 4, 40, 60, ('gradcam',), 4))
 
 def effort_named(
     name:str, # of `EFFORTS`
@@ -137,9 +156,9 @@ def effort_named(
 def _timed(parts, said):
     "Make sections one after the other, and say how long each took"
     for name, make in parts.items():
-        start = time.perf_counter()
+        start = time.process_time()
         made = make()
-        said(f'{name}: {time.perf_counter() - start:.1f} s')
+        said(f'{name}: {time.process_time() - start:.1f} s of processor time')
         yield from made if isinstance(made, list) else [made]
 
 def judged_sections(
@@ -156,9 +175,10 @@ def judged_sections(
     shown = [x[len(x)//2].numpy() for x in subject.test.x]
     parts = dict(
         headlines=lambda: headline_section(subject, n=e.n, seed=seed),
-        calibration=lambda: trust_section(subject, n=e.n),
-        doubt=lambda: doubt_section(subject, n=e.n), strangers=lambda: stranger_section(
-            subject, strangers=strangers, n=min(e.n, 1000), seed=seed),
+        calibration=lambda: trust_section(subject, n=e.n, seed=seed),
+        doubt=lambda: doubt_section(subject, pictures=e.doubted, n=e.n, seed=seed),
+        strangers=lambda: stranger_section(subject, strangers=strangers, pictures=e.strange, n=min(e.n, 1000),
+                                           seed=seed),
         robustness=lambda: robustness_section(subject, eps=e.eps, attack=e.attack, pictures=e.attacked, levels=e.levels,
                                               seed=seed, **e.options),
         explanations=lambda: explanation_section(subject, maps=e.maps, pictures=e.explained, masks=masks, steps=e.steps,
@@ -174,6 +194,7 @@ class Record:
     preprocess:object|None = None # what stands before the network
     data:Sequence[Section]|None = None # of `data_sections`; made anew when None
     control:np.ndarray|None = None # `(N,K)` test probabilities of a network trained on shuffled labels
+    band:Interval|None = None # of `shuffled_band`, what the control is held to; that of guessers when None
     ledger:Ledger|None = None # of the vault
     sections:Sequence[Section] = () # further ones, such as `training_section` and `deploy_section`
     headline:Sequence[Headline] = () # further ones
@@ -196,10 +217,11 @@ def _answers(subject, manifest, certificate, record, unclaimed):
     "Items of the checklist that the record answers"
     made = provenance()
     weights = sum(p.numel() for p in subject.model.parameters())
-    packages = ', '.join(f'{k} {v}' for k, v in made['packages'].items())
+    packages = ', '.join(f'{k} {made["packages"][k]}' for k in ('torch', 'numpy') if k in made['packages'])
     return _facts_of_data(manifest, certificate, record.preprocess) | {
         '2b': f'phoenix {made["phoenix"]}, revision {str(made["git"]["revision"])[:12]}',
-        '2c': f'Python {made["python"]}, {made["system"]}; {packages}', '5a': f'{subject.name}, {weights:,} parameters',
+        '2c': f'Python {made["python"]}, {made["system"]}; {packages}; all versions under Provenance',
+        '5a': f'{subject.name}, {weights:,} parameters',
         '5c': f'{certificate.rule} split; thresholds and maps fitted on the validation side, the test side judges',
         '5f': 'chance for the shares of the classes'
               + (', training on shuffled labels' if record.control is not None else ''),
@@ -207,7 +229,7 @@ def _answers(subject, manifest, certificate, record, unclaimed):
         '7a': 'accuracy, macro and by class recall, precision, specificity, F1, AUC; ECE, Brier, NLL',
         '7b': 'BCa intervals of resampled groups', '7c': 'paired intervals and permutation by group',
         '8a': 'the test side comes from elsewhere' if record.external else '',
-        '8b': ' '.join(unclaimed)} | dict(record.facts)
+        '8b': f'{len(unclaimed)} sentences under “What this does not show”'} | dict(record.facts)
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #3ba7e8cf
 def judge(
@@ -218,7 +240,7 @@ def judge(
     *,
     effort:str|Effort = 'full', # 'full', 'quick', or an `Effort`
     record:Record = Record(), # what else is known
-    title:str = 'A network judged', # heading
+    title:str = '', # heading; the name of the network when empty
     question:str = 'What does it do on pictures it has not seen, and how surely is that known?', # one sentence
     strangers:Mapping[str, Tensor]|None = None, # kind and pixels
     masks:Callable|None = None, # path → `(H,W)` bool
@@ -226,29 +248,35 @@ def judge(
     seed:int = 42, # key of draws
 )->Path: # the HTML file
     "Judge a network and write the page, its numbers and its tables"
+    about = data_sections(manifest, certificate) if record.data is None else record.data
     judged = judged_sections(subject, effort=effort, strangers=strangers, masks=masks, said=said, seed=seed)
     ledger, t, first = record.ledger, subject.test, judged[0].numbers['headlines']
-    checks = [] if record.control is None else [control_section(record.control, t.targets, t.units)]
+    checks = [] if record.control is None else [control_section(record.control, t.targets, t.units,
+                                                                       band=record.band)]
     looks = [] if ledger is None else [vault_section(ledger.table(), ledger.reasons)]
     leaky = certificate.kind == 'published'
     unclaimed = limits(synthetic=manifest.synthetic, published=leaky, external=record.external,
-                       patients=manifest.has_patients, n_groups=len(set(t.units.tolist())))
+                       patients=manifest.has_patients, n_groups=len(set(t.units.tolist())),
+                       folds=certificate.rule in ('column', 'author'))
     unclaimed += refusals(judged, control=record.control is not None, looks=ledger and ledger.looks)
-    about = data_sections(manifest, certificate) if record.data is None else record.data
     sections = [*about, *judged, *checks, *record.sections, *looks,
                 reforms_section(_answers(subject, manifest, certificate, record, unclaimed)),
                 provenance_section(provenance(), manifest=manifest.sha256, certificate=certificate.sha256, seed=seed)]
     stamps = [s for s, on in dict(synthetic=manifest.synthetic, published=leaky).items() if on]
-    data = ReportData(title, question, stamps, [*_top(first), *record.headline], sections, unclaimed)
+    top = [*_top(first, subject), *record.headline]
+    data = ReportData(title or f'{subject.name}, judged', question, stamps, top, sections, unclaimed)
     _write_tables(Path(folder), subject, sections)
     return write_report(Path(folder)/'report.html', data)
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #af59ed42
-def _top(table):
+def _top(table, subject):
     "The headlines that stand above everything"
     over = table[(table.source == 'all') & (table['class'] == '')].set_index('measure')
-    def span(m): return Interval(over.value[m], over.low[m], over.high[m], int(over.n_groups[m]))
-    many = f'{over.n["accuracy"]} test pictures in {over.n_groups["accuracy"]} groups'
+    def span(m): return Interval(over.value[m], over.low[m], over.high[m], int(over.n_groups[m]), method='bca')
+    counts = np.bincount(subject.test.targets)
+    most = subject.classes[counts.argmax()].replace('_', ' ')
+    always = f'always saying {most} gives {100*counts.max()/counts.sum():.1f} %'
+    many = f'{over.n["accuracy"]} test pictures in {over.n_groups["accuracy"]} groups; {always}'
     return [Headline('accuracy', span('accuracy'), '%', many), Headline('macro recall', span('macro_recall'), '%'),
             Headline('macro F1', span('macro_f1'), '%'), Headline('expected calibration error', span('ece'), '%')]
 
@@ -292,7 +320,7 @@ def judge_several(
     about = data_sections(manifest, certificate) if data is None else data
     for s in subjects:
         own = replace((records or {}).get(s.name, Record()), data=about)
-        judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name), record=own, title=s.name, **how)
+        judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name), record=own, **how)
     seen = n_train or len(certificate.paths('train'))
     comparison = compare({s.name: [_as_out_of_fold(s)] for s in subjects}, n_train=seen)
     on = dict(synthetic=manifest.synthetic, published=certificate.kind == 'published')

@@ -11,8 +11,9 @@ __all__ = ['MAPS_TRIED', 'ATTRIBUTES', 'Side', 'Subject', 'take_subject', 'headl
 
 # %% ../../nbs/49_evaluate.parts.ipynb #b1a9422c
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ from .report import Section, Table, draw, show
 from .robustness import (corruption_benchmark, mean_corruption_error, plot_corruptions, plot_robustness,
                                          robustness)
 from .selective import Gate, compare_at_coverage, decide, tune
-from .statistics import Interval, bootstrap, paired_difference, plot_intervals
+from .statistics import Interval, paired_difference, plot_intervals
 from .strangers import (features_of, get_acquainted, plot_strangers, stranger_scores, stranger_table,
                                         stranger_threshold)
 from .uncertainty import (coverage_table, entropy, fit_conformal, logits_of, plot_risk_coverage, spread,
@@ -77,6 +78,15 @@ class Subject:
         "Probabilities as trained"
         return softmax(self.logits[side])
 
+    def some(self,
+        n:int, # at most so many of the validation and of the test side
+        seed:int, # key of the draw
+    )->'Subject': # with the logits of those
+        "The same network before fewer pictures"
+        keep = {s: np.sort(permutation(len(getattr(self, s)), seed, 'some pictures')[:n]) for s in ('valid', 'test')}
+        fewer = {s: getattr(self, s).some(n, seed) for s in keep}
+        return replace(self, **fewer, logits=self.logits | {s: self.logits[s][k] for s, k in keep.items()})
+
     @property
     def wrong(self)->np.ndarray: # `(N,)` bool
         "Which test pictures are answered wrongly"
@@ -116,6 +126,9 @@ def take_subject(
     slices:int = 1, # neighbouring slices that the network takes together
 )->Subject: # ready to be judged
     "Read the three sides and ask the network about each"
+    if manifest.task == 'labels':
+        raise MetricError('a judgement must be of one class a picture, this set has several labels: measure_labels and '
+                          'label_section judge those')
     if certificate.manifest_sha256 != manifest.sha256:
         raise MetricError('the certificate must speak of this manifest, its hash is another: split again')
     rooms = dict(train=train, valid=None, test=None)
@@ -131,8 +144,7 @@ def headline_section(
 )->Section: # all measures with BCa intervals, over all, by source and by class; confusion, ROC, precision and recall
     "Every headline of the test side"
     t, probs, k = subject.test, subject.probs(), len(subject.classes)
-    table = headlines(probs, t.targets, t.units, subject.classes, source=subject.source, n=n, seed=seed,
-                      more=dict(ece=ece_sums(), nll=nll_sums()))
+    table = _headlines(subject, probs, n, seed, subject.source)
     each, over = (table[(table['class'] != '') & (table.source == 'all')], table[table['class'] == ''])
     recall = each[each.measure == 'recall']
     spans = {r['class'].replace('_', ' '): Interval(r.value, r.low, r.high, r.n_groups) for _, r in recall.iterrows()}
@@ -146,20 +158,49 @@ def headline_section(
             'groups, stratified by class.')
     tables = [Table(_shown(over, 'measure', 'source'), 'Over all classes, by source'),
               Table(_shown(each, 'class', 'measure'), 'By class')]
-    return Section('Test set', [text], tables, figures, numbers=dict(headlines=table), warnings=_few(spans))
-
-def _shown(table, rows, columns):
-    "Values with their intervals as text, one row and one column for each name"
-    shown = [show(Interval(v, low, high, 0)) if low == low else show(v) for v, low, high in
-             zip(table.value, table.low, table.high)]
-    wide = table.assign(shown=shown).pivot(index=rows, columns=columns, values='shown')
-    return wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))].reset_index()
+    return Section('Test set', [text], tables, figures, numbers=dict(headlines=table),
+                   warnings=_few(spans) + _lacking(subject))
 
 def _few(spans):
     "A warning where an interval is wider than 30 points"
     wide = [name for name, i in spans.items() if i.high - i.low > .3]
     said = f'Too few groups to say much about {", ".join(wide)}: the interval is wider than 30 points.'
     return [said] if wide else []
+
+# %% ../../nbs/49_evaluate.parts.ipynb #2e66da05
+def _headlines(subject, probs, n, seed, source=None, areas=True):
+    "Headlines of the test side; which classes a source lacks is said on the page"
+    t = subject.test
+    with catch_warnings():
+        simplefilter('ignore', UserWarning)
+        return headlines(probs, t.targets, t.units, subject.classes, source=source, n=n, seed=seed,
+                         areas=areas, more=dict(ece=ece_sums(), nll=nll_sums()))
+
+def _lacking(subject):
+    "A sentence on each source that lacks a class: its numbers are not those of another source"
+    if subject.source is None: return []
+    there = {s: sorted(set(subject.test.targets[subject.source == s])) for s in sorted(set(subject.source))}
+    few = {s: ', '.join(_words(subject.classes[c]) for c in k) for s, k in there.items()
+           if len(k) < len(subject.classes)}
+    return [f'Source {_words(s)} holds {k} only: its numbers are about that alone, and no comparison of sources.'
+            for s, k in few.items()]
+
+# %% ../../nbs/49_evaluate.parts.ipynb #847f1115
+_NAMES = dict(mcc='MCC', ece='ECE', nll='NLL', auc='AUC', f1='F1', macro_auc='macro AUC', macro_f1='macro F1')
+
+def _words(name): return _NAMES.get(name, str(name).replace('_', ' '))
+
+def _span(v, low, high):
+    "A value with its interval, where it has one"
+    return '–' if v != v else f'{v:.3f}' if low != low else f'{v:.3f} [{low:.3f},\u00a0{high:.3f}]'
+
+def _shown(table, rows, columns):
+    "Values with their intervals as text, one row and one column for each name"
+    wide = table.assign(shown=list(map(_span, table.value, table.low, table.high)))
+    wide = wide.pivot(index=rows, columns=columns, values='shown')
+    wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))].reset_index()
+    wide[rows] = wide[rows].map(_words)
+    return wide.rename(columns={c: _words(c) for c in wide})
 
 # %% ../../nbs/49_evaluate.parts.ipynb #55c665ff
 MAPS_TRIED = ('temperature', 'vector', 'isotonic')
@@ -172,9 +213,10 @@ def _told(subject):
         except MetricError as e: refused.append(f'No {method} map: {e}.')
     return told, refused
 
-def _calibration_row(name, p, first, t, n, seed):
-    "Errors of one map, and its change in log-likelihood"
-    error = bootstrap(ece_sums(15), p, t.targets, t.units, n=n, seed=seed, method='bca')
+def _calibration_row(name, p, first, subject, n, seed):
+    "Errors of one map, drawn as the headlines are, and its change of NLL"
+    t, table = subject.test, _headlines(subject, p, n, seed, areas=False).set_index('measure')
+    error = table.loc['ece']
     row = dict(probabilities=name, NLL=nll(p, t.targets), Brier=brier(p, t.targets), ECE=error.value,
                ECE_low=error.low, ECE_high=error.high, ECE_mass=ece(p, t.targets, 15, 'mass'))
     if name == 'as trained': return row
@@ -190,7 +232,7 @@ def trust_section(
 )->Section: # proper scores and calibration errors of each map, reliability before and after
     "Whether the stated probabilities can be believed, as trained and after maps fitted on the validation side"
     t, (told, refused) = subject.test, _told(subject)
-    table = pd.DataFrame([_calibration_row(k, p, told['as trained'], t, n, seed) for k, p in told.items()])
+    table = pd.DataFrame([_calibration_row(k, p, told['as trained'], subject, n, seed) for k, p in told.items()])
     best = table.probabilities[table.NLL.idxmin()]
     words = [_change(r) for r in table.to_dict('records') if r['probabilities'] != 'as trained']
     shown = dict.fromkeys(['as trained', best if best != 'as trained' else next(iter([*told][1:]), best)])
@@ -202,10 +244,10 @@ def trust_section(
                    figures, warnings=refused, numbers=dict(best=best))
 
 def _change(r):
-    "What a map did, as a sentence"
-    i = Interval(r['NLL_change'], r['change_low'], r['change_high'], 0)
+    "What a map did, as a sentence: a falling NLL is a gain"
+    i = Interval(*(round(r[k], 9) for k in ('NLL_change', 'change_low', 'change_high')), 0)
     verdict = 'it helps' if i.high < 0 else 'it harms' if i.low > 0 else 'no change is shown'
-    return f'{r["probabilities"].capitalize()}: change in log-likelihood {show(i, "nats")}; {verdict}.'
+    return f'{r["probabilities"].capitalize()}: change of the NLL {show(i, "nats")}; {verdict}.'
 
 # %% ../../nbs/49_evaluate.parts.ipynb #0d7fcf40
 def map_stability(
@@ -244,30 +286,45 @@ def _gate_said(subject, stability, n):
     if not answered.any(): return 'The gate tuned on the validation side answers no test picture.', {}
     pair = compare_at_coverage(answered, sure['test'], subject.wrong, subject.test.units, n=n,
                                names=('the gate of confidence and stability', 'confidence alone'))
-    return pair.sentence, dict(confidence=gate.confidence, stability=gate.stability, coverage=pair.coverage)
+    told = f'{pair.sentence} This is one coverage of many; the curve shows the others.'
+    return told, dict(confidence=gate.confidence, stability=gate.stability, coverage=pair.coverage)
 
 # %% ../../nbs/49_evaluate.parts.ipynb #fde29002
 def doubt_section(
     subject:Subject, # network and pictures
     *,
     alpha:float = .1, # share of truths that the sets may miss
+    pictures:int = 5000, # most pictures of each side that are asked in six views and under a change
     n:int = 2000, # resamples
+    seed:int = 42, # key of the draw of pictures
 )->Section: # coverage by class and source, risk against coverage, and whether stability adds anything
     "When an answer is given, and what that is worth"
-    t, probs = subject.test, subject.probs()
-    table, seen = _sets(subject, alpha, n), spread(tta(subject.model, t.x))
-    stability = {s: map_stability(subject.model, getattr(subject, s).x) for s in ('valid', 'test')}
+    table, part = _sets(subject, alpha, n), subject.some(pictures, seed)
+    t, probs, seen = part.test, part.probs(), spread(tta(subject.model, part.test.x))
+    stability = {s: map_stability(subject.model, getattr(part, s).x) for s in ('valid', 'test')}
     doubts = {'confidence': probs.max(1), 'entropy': 1 - entropy(probs),
               'views': seen.probs[np.arange(len(t)), probs.argmax(1)], 'map stability': stability['test']}
-    said, gate = _gate_said(subject, stability, n)
+    said, gate = _gate_said(part, stability, n)
     by_class = table[(table.kind == 'a threshold by class') & table.part.isin(subject.classes)]
     off = (by_class.coverage - (1 - alpha)).abs().max()
     promise = (f'Sets that should hold the truth in {100*(1 - alpha):.0f} % of cases: by class they are off by at most '
                f'{100*off:.1f} points on the test side.')
-    curve = draw(partial(plot_risk_coverage, doubts, subject.wrong), 'Share of answers that are wrong as more is '
+    curve = draw(partial(plot_risk_coverage, doubts, part.wrong), 'Share of answers that are wrong as more is '
                  'answered.', size=(4.6, 3.4))
-    return Section('Doubt and abstention', [promise, said], [Table(table, 'How often the sets hold the truth')],
-                   [curve], numbers=dict(gate=gate, said=said, off=float(off)))
+    asked = f'Views and stability are of {len(t)} test and {len(part.valid)} validation pictures.'
+    return Section('Doubt and abstention', [promise, said, asked], [Table(_sets_shown(table), 'How often the sets '
+                   'hold the truth, and how many classes they name')], [curve],
+                   numbers=dict(gate=gate, said=said, off=float(off), sets=table))
+
+def _sets_shown(table):
+    "Coverage and size of both kinds of sets, one row for each class and source"
+    made = table.drop_duplicates('part')[['part', 'n', 'n_groups']].set_index('part')
+    for kind, rows in table.groupby('kind', sort=False):
+        rows = rows.set_index('part')
+        made[kind] = list(map(_span, *(rows[c].loc[made.index] for c in ('coverage', 'low', 'high'))))
+        made[f'size ({kind.removeprefix("a threshold ")})'] = rows['size'].loc[made.index]
+    made = made.reset_index().rename(columns=dict(n='pictures', n_groups='groups'))
+    return made.assign(part=made.part.map(_words))
 
 # %% ../../nbs/49_evaluate.parts.ipynb #8972e43c
 def made_strangers(
@@ -297,17 +354,19 @@ def stranger_section(
     *,
     strangers:Mapping[str, Tensor]|None = None, # kind and `(M,C,H,W)`, besides those that are made
     keep:float = .95, # share of own pictures to let in
+    pictures:int = 400, # most test and validation pictures, drawn by key
     n:int = 1000, # resamples
     seed:int = 42, # key
 )->Section: # every score against every kind, thresholds from the validation side
     "Who notices a picture that is no such slice"
-    net, t = subject.model, subject.test.some(400, seed)
+    part = subject.some(pictures, seed)
+    net, t = subject.model, part.test
     kinds = made_strangers(t.x, seed=seed) | dict(strangers or {})
     known = get_acquainted(features_of(net, subject.train.x)[0], subject.train.targets)
     def scored(x):
         f, z = features_of(net, x.float())
         return stranger_scores(z, f, known)
-    own, valid, odd = scored(t.x), scored(subject.valid.x), {k: scored(v) for k, v in kinds.items()}
+    own, valid, odd = scored(t.x), scored(part.valid.x), {k: scored(v) for k, v in kinds.items()}
     groups = {k: t.units for k in odd if len(kinds[k]) == len(t) and k not in (strangers or {})}
     table = stranger_table(valid, own, odd, own_groups=t.units, groups=groups, keep=keep, n=n, seed=seed)
     best = table.groupby('score').auroc.mean().idxmax()
@@ -317,11 +376,13 @@ def stranger_section(
     worst = table[table.score == best].sort_values('let_in').iloc[-1]
     text = (f'At the threshold that lets in {100*keep:.0f} % of own pictures, the score that is best on average '
             f'({best}) lets in {100*worst.let_in:.0f} % of “{worst["kind"]}”.')
-    let_in = table.pivot(index='kind', columns='score', values='let_in').loc[list(odd)].reset_index()
+    let_in = table.pivot(index='kind', columns='score', values='let_in')
+    let_in = let_in.loc[list(odd), list(dict.fromkeys(table.score))].reset_index()
     area = table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))
     tables = [Table(let_in, 'Share of each kind that is let in'),
               Table(_shown(area, 'kind', 'score'), 'Area under ROC')]
-    return Section('Strangers', [text], tables, [figure], numbers=dict(best=best, strangers=table))
+    worst_case = dict(kind=worst['kind'], let_in=float(worst.let_in))
+    return Section('Strangers', [text], tables, [figure], numbers=dict(best=best, worst=worst_case, strangers=table))
 
 # %% ../../nbs/49_evaluate.parts.ipynb #b7ff0ca8
 def robustness_section(
@@ -348,10 +409,22 @@ def robustness_section(
             f'Mean error over {len(KINDS)} faults and severities {", ".join(map(str, levels))}: '
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']
-    return Section('Attacks and scanner faults', text, [Table(found.table(), 'Accuracy under attack, bound in 255ths'),
+    return Section('Attacks and scanner faults', text, [Table(_bounds(_sure(found.table())), 'Accuracy under attack'),
                    Table(found.masking.table, 'Checks for hidden gradients'), Table(faults.table(), 'Error by fault')],
                    [curve, grid], warnings=[] if found.masking.passed else [f'{found.masking}.'.capitalize()],
-                   numbers=dict(attack=found.attack, pictures=len(t)))
+                   numbers=dict(attack=found.attack, pictures=len(t), accuracy=_sure(found.table())))
+
+def _sure(table):
+    "Where none or all are right, resamples know no other: the ends are then those of Clopper and Pearson over groups"
+    t, far = table.copy(), .025**(1/table.groups)
+    t['high'] = np.where(t.accuracy == 0, 1 - far, t.high)
+    t['low'] = np.where(t.accuracy == 1, far, t.low)
+    return t
+
+def _bounds(table):
+    "The table of an attack as people write it"
+    return pd.DataFrame({'bound': [f'{e:g}/255' for e in table.eps_255], 'groups': table.groups,
+                         'accuracy': list(map(_span, table.accuracy, table.low, table.high))})
 
 # %% ../../nbs/49_evaluate.parts.ipynb #98bfdee0
 def explanation_section(
@@ -378,9 +451,22 @@ def explanation_section(
     k = int(subject.probs().max(1)[np.isin(subject.test.rows.path, t.rows.path)].argmax())
     shown = [_map_figure(c, net, t.x[k], int(t.targets[k]), None if truth is None else truth[k]) for c in checks]
     columns = ['map', 'test', 'value', 'low', 'high', 'limit', 'passed', 'empty']
-    return Section('Explanations put to the test', text, [Table(table[columns], 'Tests of each map')],
+    return Section('Explanations put to the test', text, [Table(_checks_shown(table), 'Tests of each map')],
                    galleries={'The surest picture under each map': shown},
-                   numbers=dict(passed=passed, tried=[c.name for c in checks]))
+                   numbers=dict(passed=passed, tried=[c.name for c in checks], checks=table[columns]))
+
+_TESTS = dict(weights='likeness after the weights are random, must end below',
+              deletion='deletion against chance, must end below', pointing='hits beyond chance, must begin above',
+              stability='likeness after a change of 2/255, must begin above')
+
+def _checks_shown(table):
+    "One row for each map, one column for each test with its limit"
+    limits = table.drop_duplicates('test').set_index('test').limit
+    names = {t: f'{_TESTS.get(t, t)} {limits[t]:g}' for t in limits.index}
+    said = [f'{_span(r.value, r.low, r.high)} {"passes" if r.passed else "fails"}' for r in table.itertuples()]
+    wide = table.assign(said=said).pivot(index='map', columns='test', values='said')
+    wide = wide.loc[list(dict.fromkeys(table['map'])), list(names)].rename(columns=names)
+    return wide.assign(**{'empty maps': table.drop_duplicates('map').set_index('map')['empty']}).reset_index()
 
 def _map_figure(check, net, image, target, mask):
     "One map with its stamp"
@@ -409,7 +495,22 @@ def _gap_section(subject, attribute, n, seed):
     lone = {v: sorted({subject.classes[c] for c in t.targets[value == v]}) for v in sorted(set(value))}
     warn = [f'“{v}” holds {", ".join(c)} only: its gaps are gaps between classes, not between kinds of picture.'
             for v, c in lone.items() if len(c) < len(set(t.targets))]
+    asked = [len({v for v in set(value) if (t.targets[value == v] == c).any()}) for c in range(len(subject.classes))]
+    if max(asked) < 2:
+        said = f'No class is in two values of {attribute}: a gap would be one between classes, none is given.'
+        return Section(f'Gaps by {attribute}', [said], warnings=warn)
     table = fairness(subject.probs(), t.targets, value, t.units, subject.classes, n=n, seed=seed)
+    one_value = table['class'].isin([c for c, k in zip(subject.classes, asked) if k < 2])
+    table = table[~(one_value & table.measure.isin(['true_positive_rate', 'equalised_odds']))].reset_index(drop=True)
     figure = draw(partial(plot_gaps, table), f'Gaps by {attribute}.', size=(4.6, 1.2 + .3*len(table)))
     return Section(f'Gaps by {attribute}', ['Largest minus smallest rate, against deals of the values at random.'],
-                   [Table(table, f'Gaps between values of {attribute}')], [figure], warnings=warn)
+                   [Table(_gaps_shown(table), f'Gaps between values of {attribute}')], [figure], warnings=warn,
+                   numbers=dict(gaps=table))
+
+def _gaps_shown(table):
+    "Gaps in few columns: who is at the ends, the gap with its interval, what chance gives"
+    def end(name, rate): return '–' if rate != rate else f'{_words(name)} {rate:.3f}'
+    return pd.DataFrame({'measure': table.measure.map(_words), 'class': table['class'].map(_words),
+                         **{k: list(map(end, table[k], table[f'{k}_rate'])) for k in ('lowest', 'highest')},
+                         'gap': list(map(_span, table.gap, table.low, table.high)),
+                         'by chance': table.by_chance, 'p': table.p})

@@ -240,7 +240,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 .caption{margin:0 0 .3rem;color:var(--soft);font-size:.9rem}
 th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
 thead th,tr:first-child>th[scope=row],tr:first-child>th[scope=row]+td{border-top:0}
-thead th{white-space:nowrap;border-bottom:1px solid var(--line)}
+thead th{max-width:13rem;border-bottom:1px solid var(--line)}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.long{min-width:15rem}
 td.hash{overflow-wrap:anywhere;font:.8rem/1.5 ui-monospace,monospace}
@@ -611,6 +611,9 @@ def split_section(
             True: 'It was verified again from the bytes of the images.'}[verified]
     text = f'{kind.capitalize()} split by the rule “{_words(rule)}”. {said}'
     if sha256: text += f' Certificate {sha256[:16]}….'
+    if proof.get('patients') == 0:
+        unknown = dict.fromkeys(('patients', 'patients_across'), 'unknown: the set names none')
+        proof = {k: unknown.get(k, v) for k, v in proof.items()}
     warnings = ([STAMPS['published']] if kind == 'published' else []) + ([said] if verified is False else [])
     return Section(f'Split proof ({kind})', [text], [table, dict_table(proof, 'Proof')], warnings=warnings,
                    numbers=dict(kind=kind, rule=rule, proof=dict(proof), sha256=sha256, verified=verified))
@@ -736,7 +739,8 @@ def deploy_section(
 )->Section: # latency and parity
     "What runs, how fast, and how equal it is to what was trained"
     named = {'ONNX against the network': parity, 'INT8 against FP32': int8, 'File sizes': sizes}
-    tables = [Table(bench, 'Latency')] + [dict_table(v, k) for k, v in named.items() if v]
+    def told(v): return {k: x for k, x in v.items() if k not in ('seal', 'limits') and not k.endswith('sha256')}
+    tables = [Table(bench, 'Latency')] + [dict_table(told(v), k) for k, v in named.items() if v]
     return Section('INT8 and latency', [], tables, numbers={k: dict(v) for k, v in named.items() if v})
 
 def provenance_section(
@@ -757,14 +761,18 @@ def limits(
     patients:bool, # the set knows its patients
     n_groups:int, # independent groups in the test set
     external:bool = False, # the test set comes from another hospital or set
+    folds:bool = False, # the split is by folds of the set's authors
 )->list[str]: # sentences, never empty
     "What the numbers of this run do not show"
     said = {
         'These are research figures. They are no evidence of use for any patient.': True,
         'The images are synthetic: accuracy, calibration and the gap hold for the phantom alone.': synthetic,
         'The split leaks: the accuracy on it is no estimate of accuracy on new pictures.': published,
-        'Patients are unknown: copies are kept apart, but slices of one patient may stand on both sides.': not patients,
-        'Training and test pictures are of one source: other scanners and sites were not tried.': not external,
+        'Patients are unknown: copies are kept apart, but slices of one patient may stand on both sides.':
+            not patients and not folds,
+        "Patients are not named: that the authors' folds keep them apart is taken on the authors' word.":
+            not patients and folds,
+        'Training and test pictures are of the same set: other scanners and sites were not tried.': not external,
         f'The test set holds {n_groups} independent groups: differences of a few points are noise.': n_groups < 100,
         'Single slices chosen by others were classified, not whole examinations as a scanner gives them.': True}
     return [sentence for sentence, holds in said.items() if holds]

@@ -79,7 +79,8 @@ class Robustness:
 def _pgd_report(model, x, y, *, eps, mask, seed, steps=40, restarts=2, **_):
     "PGD on the margin as an attack report"
     adv = pgd(model, x, y, eps=eps, steps=steps, restarts=restarts, loss='margin', mask=mask, seed=seed)
-    return AttackReport(f'PGD-{steps} on the margin, {restarts} starts', eps, adv, None, is_right(model, adv, y))
+    name = f'PGD-{steps} on the margin, {restarts} start{"s"*(restarts > 1)}'
+    return AttackReport(name, eps, adv, None, is_right(model, adv, y))
 
 
 ATTACKS = dict(auto=auto_attack, pgd=_pgd_report)

@@ -27,7 +27,9 @@ from fastcore.basics import patch
 from filelock import FileLock
 from matplotlib.axes import Axes
 
+from ..data.organs import label_matrix
 from .metrics import scores
+from .multilabel import label_scores
 from .statistics import bootstrap
 from ..plots import style
 from ..records import Run, hash_json, read_json, sha256_bytes, write_bytes, write_json, write_text
@@ -54,10 +56,13 @@ class Look:
     "One look at the test labels: the scores, and where the ledger stands"
     number:int # of this look, from 1
     scores:dict # what `scores` says
-    intervals:dict # accuracy and macro F1, each value, low, high, groups
+    intervals:dict # accuracy and macro F1, each value, low, high, groups; none for several labels
     receipt:dict # vault, looks, head: to be kept where the ledger's owner does not write, such as a sealed run
 
     def __str__(self):
+        if "accuracy" not in self.intervals:
+            auc, labels = self.scores["macro"]["auc"], self.scores["labels_in"]["auc"]
+            return f"look {self.number}: macro AUC {auc:.3f} over {labels} labels"
         a = self.intervals["accuracy"]
         return f"look {self.number}: accuracy {a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"
 
@@ -72,11 +77,13 @@ class Ledger:
 
     def __bool__(self)->bool: return self.ok
 
-    def table(self)->pd.DataFrame: # number, time, who, why, accuracy
+    def table(self)->pd.DataFrame: # number, time, who, why, and accuracy, or macro_auc of several labels
         "The looks as a table"
-        rows = [dict(look=e["n"], time=e["time"], who=e["who"], why=e["why"], accuracy=e["scores"]["accuracy"])
-                for e in self.entries if e.get("kind") == "look"]
-        return pd.DataFrame(rows, columns=["look", "time", "who", "why", "accuracy"])
+        looks = [e for e in self.entries if e.get("kind") == "look"]
+        score = "macro_auc" if looks and "macro_auc" in looks[0]["scores"] else "accuracy"
+        rows = [{k: e[k] for k in ("n", "time", "who", "why")} | {score: e["scores"][score]} for e in looks]
+        columns = ["n", "time", "who", "why", score]
+        return pd.DataFrame(rows, columns=columns).rename(columns=dict(n="look"))
 
 # %% ../../nbs/46_evaluate.vault.ipynb #3147196e
 def _entry(previous, **what):
@@ -186,20 +193,23 @@ def _receipts(self:Vault, runs_dir):
 # %% ../../nbs/46_evaluate.vault.ipynb #dede0b42
 @patch(cls_method=True)
 def seal(cls:Vault,
-    labels:Mapping[str,str], # path → label of every test picture
+    labels:Mapping[str,str], # path → label of every test picture; of several labels as `label_text` writes them
     path:Path, # folder of the vault; one that holds the same labels is opened, with its count
     *,
     classes:list[str]|None=None, # order of the columns of predictions; sorted labels when None
     groups:Mapping[str,object]|None=None, # path → patient or cluster, for intervals; each picture its own when None
     name:str="", # what the labels are of, for reports
+    task:str="classes", # or 'labels', where a picture has any number of them
     keep_key:bool=True, # in the folder; False returns a vault that holds the key in memory alone
 )->Vault: # ready for `look`
     "Lock labels away, and begin their ledger"
     path, labels = Path(path), {str(k): str(v) for k, v in sorted(dict(labels).items())}
     classes, groups = list(classes or sorted(set(labels.values()))), groups or {}
-    if not labels or set(labels.values()) - set(classes):
+    if task == "labels": label_matrix(list(labels.values()), classes) # refuses what is none of them
+    if not labels or task == "classes" and set(labels.values()) - set(classes):
         raise VaultError(f"There must be labels, all among the classes, got {len(labels)} and {classes}; correct them")
     content = dict(labels=labels, classes=classes, groups={p: str(groups.get(p, p)) for p in labels}, name=name)
+    if task == "labels": content["task"] = task
     path.mkdir(parents=True, exist_ok=True)
     with FileLock(path/".lock", timeout=120):
         if (path/"labels.bin").is_file(): return _same(cls(path), content)
@@ -235,7 +245,10 @@ def _matrix(predictions, content):
 
 
 def _scored(content, paths, probs, n, seed):
-    "Scores and intervals of predictions"
+    "Scores and intervals of predictions; of several labels the areas alone, which need no threshold"
+    if content.get("task") == "labels":
+        marks = label_matrix([content["labels"][p] for p in paths], content["classes"])
+        return label_scores(probs, marks, content["classes"], np.full(len(content["classes"]), np.nan)), {}
     targets = np.array([content["classes"].index(content["labels"][p]) for p in paths])
     group = np.array([content["groups"][p] for p in paths])
     found = {k: bootstrap(k, probs, targets, group, n=n, seed=seed) for k in ("accuracy", "macro_f1")}
@@ -263,13 +276,19 @@ def look(self:Vault,
         paths, probs = _matrix(predictions, content)
         found, spans = _scored(content, paths, probs, n, seed)
         entry = _entry(checked.entries[-1], kind="look", who=who, why=why, predictions=sha256_bytes(probs.tobytes()),
-                       scores=dict(accuracy=found["accuracy"], macro_f1=found["macro"]["f1"]))
+                       scores=_kept(found))
         lines = [json.dumps(e) + "\n" for e in [*checked.entries, entry]]
         write_text(self.path/"ledger.jsonl", "".join(lines))
         write_json(self.path/"head.json", dict(looks=entry["n"], head=entry["hash"]))
     receipt = dict(vault=checked.entries[0]["hash"], looks=entry["n"], head=entry["hash"])
     if run is not None: _keep(run, receipt)
     return Look(entry["n"], found, spans, receipt)
+
+
+def _kept(found):
+    "The scores that a ledger keeps"
+    if "labels_in" in found: return dict(macro_auc=found["macro"]["auc"], macro_ap=found["macro"]["ap"])
+    return dict(accuracy=found["accuracy"], macro_f1=found["macro"]["f1"])
 
 
 def _keep(run, receipt):
@@ -291,7 +310,7 @@ def test_vault(
     mine = {p: labels[p] for p in certificate.paths(side)}
     path = Path(runs_dir)/"vaults"/f"{certificate.sha256[:16]}-{side}"
     return Vault.seal(mine, path, classes=classes or manifest.classes, groups=certificate.units(manifest).to_dict(),
-                      name=f"{certificate.source}, {certificate.kind} split, {side}")
+                      task=manifest.task, name=f"{certificate.source}, {certificate.kind} split, {side}")
 
 
 def predictions_of(
@@ -309,7 +328,7 @@ def plot_looks(
     ax:Axes|None=None, # where to draw; a new figure when None
 )->Axes: # one point a look
     "Accuracy of each look, and the best so far"
-    t = ledger.table()
+    t = ledger.table().rename(columns=dict(macro_auc="accuracy"))
     if not len(t): raise VaultError("There must be a look to show, got none; look first")
     with style():
         ax = ax or plt.subplots(figsize=(5, 2.8))[1]

@@ -29,7 +29,7 @@ from ..data.splits import Certificate
 from ..keys import set_threads
 from ..records import read_json, write_json
 from ..settings import PhoenixError
-from .folds import OutOfFold, check_out_of_fold
+from .folds import OutOfFold, check_out_of_fold, need_one_class
 from .learner import train_classifier
 
 # %% ../../nbs/37_train.ensembles.ipynb #e159190a
@@ -118,6 +118,7 @@ def align(
 )->list[OutOfFold]: # the same rows in the same order, sorted by path
     "Out-of-fold predictions of several networks, row by row"
     if not members: raise EnsembleError('an ensemble must have members, got none: pass one table a network')
+    for m in members: need_one_class(m, 'An ensemble or a comparison')
     tables = [check_out_of_fold(m).table.sort_values('path', ignore_index=True) for m in members]
     for m, t in zip(members, tables):
         if m.classes != members[0].classes:

@@ -352,6 +352,9 @@ def fold_evaluator(
     **options # of `iter_folds` and `train_classifier` that the search does not change
 )->Callable[[dict,Path],Iterator]: # `evaluate` of `search`
     "Cross-validation as what a search tries"
+    if manifest.task == 'labels':
+        raise SearchError('a search must be told by the share of right answers, which means little where most labels '
+                          'are absent: search on a set of one class a picture')
     def evaluate(params, folder):
         from phoenix.train.folds import iter_folds
         for r in iter_folds(manifest, certificates, run_dir=folder, resume=True, **training_options(options, params)):
