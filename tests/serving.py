@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from phoenix.data.phantom import phantom_slice
+from phoenix.data.phantom import CLASSES, phantom_slice
 from phoenix.data.preprocess import Preprocess
 from phoenix.deploy.package import add_runtime, save_package
 from phoenix.deploy.serve import prepare_store
@@ -39,6 +40,29 @@ def picture(size=64, patient=0, format="PNG"):
     out = io.BytesIO()
     Image.fromarray(phantom_slice("glioma", patient, 0, size=size).image).save(out, format)
     return out.getvalue()
+
+
+def heads(patients):
+    "Phantoms of four classes in turn, one a patient"
+    return [phantom_slice(CLASSES[i % 4], i, 0, size=64).image for i in patients]
+
+
+def png(grey):
+    "A picture as the bytes of a PNG file"
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    return out.getvalue()
+
+
+def add_reference(folder, n=64):
+    "A drift reference of phantoms in a model folder: windows of 8, one false alert in 800 pictures"
+    from phoenix.deploy.drift import keep_reference, reference_of
+    from phoenix.deploy.package import load_package
+    with tempfile.TemporaryDirectory() as root:
+        paths = [Path(root, f"{i}.png") for i in range(n)]
+        for p, x in zip(paths, heads(range(1000, 1000 + n))): p.write_bytes(png(x))
+        package = load_package(folder)
+        return keep_reference(package, reference_of(package, paths, window=8, alpha=.01))
 
 
 def save_model(folder, weight=8., work=0, size=32):

@@ -13,13 +13,18 @@ import nibabel
 import numpy as np
 import pytest
 
+from phoenix.data.mimics import make_mimic
+from phoenix.data.pixels import read_pixels
 from phoenix.deploy.package import load_package
 from phoenix.deploy.serve import ACCESS
-from serving import Server, answered, picture, post, raw, save_model, users
+from serving import Server, add_reference, answered, heads, picture, png, post, raw, save_model, users
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("models")/"model")
+def model(tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp("models")/"model")
+    add_reference(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +134,52 @@ def test_a_challenger_serves_without_a_restart_and_the_way_back(server, tmp_path
     from phoenix.deploy.store import open_store
     registry = Registry(open_store(str(server.store)))
     two = registry.register(str(save_model(tmp_path/"two", weight=2.)), "model")
+    assert get(server, "/v1/drift").json()["model@1"]["watched"]
     before = post(server).json()
     said = httpx.post(server.url + "/v1/models/promote", params={"number": two.number, "why": "test"}, headers=server.headers(), timeout=60)
     assert said.status_code == 200 and said.json()["champion"]["number"] == two.number
     after = post(server).json()
+    assert "holds no reference" in get(server, "/v1/drift").json()["model@2"]["reason"]
     assert after["model"]["version"] == "model@2" and after["answers"][0]["probs"] != before["answers"][0]["probs"]
     registry.rollback("model", who="test", why="test")
     end = time.monotonic() + 30
     while post(server).json()["model"]["version"] != "model@1" and time.monotonic() < end: time.sleep(.1)
     assert post(server).json()["answers"] == before["answers"]
+
+
+def watched(server, pictures):
+    "The alerts of a drift window that these 8 pictures fill"
+    def drift(): return get(server, "/v1/drift").json()["model@1"]
+    for k in range(-drift()["waiting"] % 8): post(server, png(heads([2000 + k])[0]))
+    before = settled(drift, lambda d: d["waiting"] == 0)["windows"]
+    for x in pictures: post(server, png(x))
+    seen = settled(drift, lambda d: d["windows"] == before + 1)
+    assert len(seen["judged"]) == seen["windows"] and set(seen["judged"][-1]["p"]) == {"embedding", "classes", "contract"}
+    return set(seen["alerting"])
+
+
+def settled(look, ok, seconds=20):
+    "What is seen as soon as it is as expected"
+    end = time.monotonic() + seconds
+    while not ok(seen := look()) and time.monotonic() < end: time.sleep(.05)
+    assert ok(seen), seen
+    return seen
+
+
+def test_drift_is_seen_by_the_server(server, tmp_path):
+    "Pictures like the reference raise no alert; inverted and brighter ones and another organ do, in metrics and log too"
+    new = heads(range(3000, 3008))
+    make_mimic("nih14", tmp_path/"chest", groups=10, pictures=1, size=64)
+    chests = [read_pixels(p).grey for p in sorted((tmp_path/"chest").rglob("*.png"))][:8]
+    brighter = [np.clip(x*1.5 + 40, 0, 255).astype(np.uint8) for x in new]
+    assert watched(server, new) == set()
+    assert "contract" in watched(server, [255 - x for x in new]) and watched(server, brighter) and watched(server, chests)
+    gauges = settled(lambda: get(server, "/metrics").text, lambda t: 'phoenix_drift_alerting{kind="embedding",version="model@1"} 1.0' in t)
+    assert 'phoenix_drift_reference{version="model@1"} 1.0' in gauges and "phoenix_drift_unwatched_total{" not in gauges
+    told, = [m["drift"] for m in get(server, "/v1/models").json()["open"] if m["version"] == "model@1"]
+    assert told["watched"] and told["alerts"] >= 3 and "class mix" in told["kinds"]
+    lines = [json.loads(x) for x in server.log.read_text().splitlines() if '"phoenix.drift"' in x]
+    assert len(lines) == told["alerts"] and all(x["version"] == "model@1" and x["p"] <= .01/3 and x["level"] == "WARNING" for x in lines)
 
 
 def test_curl_examples(server, tmp_path):

@@ -37,7 +37,8 @@ ACCESS = {("GET", "/"): Access(None), ("GET", "/healthz"): Access(None), ("GET",
     ("POST", "/v1/batch"): Access("predict", True, PICTURES), ("GET", "/v1/batch/{id}"): Access("read"),
     ("DELETE", "/v1/batch/{id}"): Access("predict"), ("GET", "/v1/models"): Access("read"),
     ("POST", "/v1/models/promote"): Access("admin"), ("POST", "/v1/models/rollback"): Access("admin"),
-    ("POST", "/v1/truth"): Access("predict"), ("GET", "/v1/usage"): Access("read")}
+    ("POST", "/v1/truth"): Access("predict"), ("GET", "/v1/usage"): Access("read"),
+    ("GET", "/v1/drift"): Access("read")}
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2c118cd6
 async def uploads(
@@ -210,7 +211,8 @@ def _add_models(app, service):
     @app.get("/v1/models", summary="The versions that serve")
     async def models()->dict:
         from phoenix.deploy.service import model_of
-        open_now = [model_of(s) | {"classes": s.classes, "threshold": s.threshold} for s in service.served.values()]
+        open_now = [model_of(s) | {"classes": s.classes, "threshold": s.threshold, "drift": service.drift[s.name]}
+                    for s in service.served.values()]
         return _state(service.state) | {"open": open_now} if service.state else {"model": name, "open": []}
     @app.post("/v1/models/promote", summary="Give a version an alias; the server follows without a restart")
     async def promote(request:Request, number:Annotated[int, Query(ge=1, le=2**31)], why:Text, alias:str="champion",
@@ -241,6 +243,11 @@ def _add_facts(app, service):
     async def usage(request:Request)->list[dict]:
         await service.thread(service._flush)
         return await service.thread(service.usage.rows, request.state.asked.who.tenant)
+    @app.get("/v1/drift", summary="Whether requests still look like the reference: state and last windows of each version")
+    async def drift(windows:Annotated[int, Query(ge=0, le=1000)]=50)->dict:
+        monitors = {s.name: service.monitors.get(s.name) for s in service.served.values()}
+        seen = {n: await service.thread(m.windows, windows) if m else [] for n, m in monitors.items()}
+        return {n: service.drift[n] | {"judged": w} for n, w in seen.items()}
     @app.get("/healthz", summary="The process answers")
     async def healthz()->dict: return {"ok": True}
     @app.get("/readyz", summary="Requests are answered, and the model gives its golden answer")

@@ -15,6 +15,7 @@ import hmac
 import logging
 import re
 import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from fastcore.basics import patch
 
 from .audit import AuditLog, trace_of
 from .door import Access, Asked, DoorLimits, House, Refusal, busy
+from .drift import DriftError, DriftMonitor, find_reference
 from .engine import Engine, EngineOptions, Served, stack_of
 from .keys import KeyRefused, Keyring, bearer
 from .limits import Limiter, Plan, Usage
@@ -64,6 +66,11 @@ _WORKERS = (("phoenix_worker_up", "children that can work", lambda w: len(w.chil
             ("phoenix_worker_jobs", "jobs that were answered", lambda w: sum(k*n for k, n in w.sizes.items())),
             ("phoenix_worker_busy_seconds", "time that children worked", lambda w: w.busy_s))
 
+_DRIFT = (("reference", "1 where the version has a reference to be watched against"),
+          ("windows", "windows that were judged"), ("waiting", "pictures of the window that fills"),
+          ("alerts", "alerts of all windows"), ("p", "p-value of the last window", "kind"),
+          ("alerting", "1 while the last window raises an alert", "kind"))
+
 
 class Meters:
     "The numbers of one server process"
@@ -77,6 +84,7 @@ class Meters:
         self.refusals = count("phoenix_refusals", "requests that were refused", "kind")
         self.pictures = count("phoenix_pictures", "pictures that were answered", "version", "answer")
         self.audit_dropped = count("phoenix_audit_dropped", "refusals that were not written to the audit log")
+        self.unwatched = count("phoenix_drift_unwatched", "answered pictures that the drift monitor did not see", "version")
         self.seconds = Histogram("phoenix_request_seconds", "from the headers to the end of the answer", ["route"],
             registry=r, buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30))
         house, engine = service.house, service.engine
@@ -92,6 +100,8 @@ class Meters:
             gauge = Gauge(name, says, ["pool"], registry=r)
             gauge.labels("decode").set_function(partial(read, engine.decoders))
             gauge.labels("model").set_function(partial(read, engine.models))
+        self.drift = {name: Gauge(f"phoenix_drift_{name}", says, ["version", *labels], registry=r)
+                      for name, says, *labels in _DRIFT}
 
     def text(self)->bytes: # for Prometheus
         "All numbers as text"
@@ -115,7 +125,8 @@ class Service:
         self.jobs, self.tasks, self.entries, self.used = {}, set(), deque(), Counter()
         self.threads, self.doubtful = ThreadPoolExecutor(4, "store"), ThreadPoolExecutor(1, "keys")
         self.secret, self.known, self.pace = secrets.token_bytes(32), set(), deque(maxlen=64)
-        self.explaining = asyncio.Lock()
+        self.explaining, self.flushing = asyncio.Lock(), threading.Lock()
+        self.monitors, self.drift, self.seen, self.looks = {}, {}, deque(), 0
         self.meters = Meters(self)
 
     @property
@@ -198,14 +209,16 @@ def _write_down(self:Service,
 # %% ../../nbs/56d_deploy.service.ipynb #1ba24323
 @patch
 def _flush(self:Service)->None:
-    "Write queued audit entries and usage in one transaction each"
-    entries = list(self.entries)
-    if entries: self.audit.extend(entries)
-    for _ in entries: self.entries.popleft()
-    used, self.used = self.used, Counter()
-    for tenant, key_id in {k[:2] for k in used}:
-        what = {n: used[tenant, key_id, n] for n in ("requests", "images", "seconds")}
-        self.usage.add(tenant, key_id, **what)
+    "Write queued audit entries and usage in one transaction each, and let the drift monitors judge"
+    with self.flushing:
+        entries = list(self.entries)
+        if entries: self.audit.extend(entries)
+        for _ in entries: self.entries.popleft()
+        used, self.used = self.used, Counter()
+        for tenant, key_id in {k[:2] for k in used}:
+            what = {n: used[tenant, key_id, n] for n in ("requests", "images", "seconds")}
+            self.usage.add(tenant, key_id, **what)
+        self._judge()
 
 # %% ../../nbs/56d_deploy.service.ipynb #fda77e32
 @patch
@@ -218,6 +231,26 @@ def _open_version(self:Service,
         raise RegistryError(f"{version.name} must be the folder that was registered, it was changed: bring it back")
     return self.engine.open(version.path, version.runtime, version.name)
 
+# %% ../../nbs/56d_deploy.service.ipynb #d89ab69e
+@patch
+def _meet_reference(self:Service,
+    version:Version, # that will serve
+)->None:
+    "Open the monitor of a version, or say why there is none"
+    from phoenix.deploy.package import load_package
+    if version.name in self.drift: return
+    none = dict(watched=False, reason="the model folder holds no reference: phoenix calibrate makes one")
+    try: found = find_reference(load_package(version.path), version.runtime)
+    except DriftError as e: found, none = None, none | dict(reason=str(e))
+    if found: self.monitors[version.name] = DriftMonitor(self.store, found, version.name)
+    self.drift[version.name] = self._standing(version.name) if found else none
+
+
+@patch
+def _standing(self:Service, name):
+    "What is told of a version that is watched"
+    return dict(watched=True, kinds=["contract", "picture statistics", "class mix"]) | self.monitors[name].status()
+
 # %% ../../nbs/56d_deploy.service.ipynb #8a31e2ca
 @patch
 def adopt(self:Service,
@@ -228,6 +261,7 @@ def adopt(self:Service,
         raise RegistryError(f"the model {state.model!r} must have a champion, it has none: promote a version")
     wanted = [v for v in (state.champion, state.challenger) if v]
     served = {v.number: self._open_version(v) for v in wanted}
+    for v in wanted: self._meet_reference(v)
     self.served, self.state, self.trouble = served, state, ""
 
 
@@ -255,6 +289,7 @@ async def _follow(self:Service)->None:
         except (PhoenixError, OSError) as e:
             if str(e) != self.trouble: logging.getLogger("phoenix.serve").error("the store or a version: %s", e)
             self.trouble = str(e)
+        self.show_drift()
         now = time.time()
         for job in [j for j in self.jobs.values() if j.expires < now]: self.jobs.pop(job.id)
 
@@ -269,6 +304,57 @@ async def check(self:Service)->bool: # whether the champion gives its golden ans
     except WorkError as e: self.canary_ok = self.canary_ok and e.kind in ("full", "late") # busy is not broken
     else: self.canary_ok = head["logits"] == served.golden
     return self.canary_ok
+
+# %% ../../nbs/56d_deploy.service.ipynb #b17416e7
+@patch
+def _watch(self:Service,
+    served:Served, # who answered
+    decoded:tuple, # what the decoder gave, with greys
+    probs:Sequence, # of each picture
+)->None:
+    "Let the monitor see pictures, unless 64 uploads wait for it"
+    shown = len(decoded[0]["greys"])
+    if shown < len(probs) or self.looks >= 64: return self.meters.unwatched.labels(served.name).inc(len(probs))
+    self.looks += 1
+    self._spawn(self._look(served.name, decoded, probs))
+
+
+@patch
+async def _look(self:Service, name, decoded, probs):
+    "The facts of pictures that were answered"
+    try: head, _ = await asyncio.wrap_future(self.engine.watch(decoded))
+    except WorkError: self.meters.unwatched.labels(name).inc(len(probs))
+    else: self.seen.append((name, head["seen"], probs))
+    finally: self.looks -= 1
+
+# %% ../../nbs/56d_deploy.service.ipynb #33344e7a
+@patch
+def _judge(self:Service)->None:
+    "Give what was seen to the monitors, and log their alerts"
+    rows, say = {}, logging.getLogger("phoenix.drift").warning
+    while self.seen:
+        name, seen, probs = self.seen.popleft()
+        rows.setdefault(name, []).extend((*s, p) for s, p in zip(seen, probs))
+    for name, new in rows.items():
+        embeddings, facts, probs = zip(*new)
+        for a in self.monitors[name].add(embeddings, probs, facts):
+            say("drift: %s", a, extra={"fields": dict(version=a.model, window=a.window, kind=a.kind, p=a.p, facts=a.facts)})
+        self.drift[name] = self._standing(name)
+
+
+@patch
+def show_drift(self:Service)->None:
+    "Bring the gauges up to what the monitors of the open versions say"
+    gauges = self.meters.drift
+    for g in gauges.values(): g.clear()
+    for name in [s.name for s in self.served.values()]:
+        told = self.drift[name]
+        gauges["reference"].labels(name).set(told["watched"])
+        if not told["watched"]: continue
+        for k in ("windows", "waiting", "alerts"): gauges[k].labels(name).set(told[k])
+        for kind, p in told["last"].items():
+            gauges["p"].labels(name, kind).set(p)
+            gauges["alerting"].labels(name, kind).set(kind in told["alerting"])
 
 # %% ../../nbs/56d_deploy.service.ipynb #09ebb895
 NOTICE = "Research use only: decision support, not a diagnosis."
@@ -342,12 +428,14 @@ async def predict(self:Service,
     start, key = time.perf_counter(), request_key or hashlib.sha256(data).hexdigest()
     served, number, beside = self.pick(key)
     within = self.options.work_s - (start - asked.start)
-    stack, about = stack_of((await _all([self.engine.decode(served, data, pictures=pictures, within_s=within)]))[0])
-    decoded = time.perf_counter()
+    watched = served.name in self.monitors
+    got, = await _all([self.engine.decode(served, data, pictures=pictures, greys=watched, within_s=within)])
+    (stack, about), decoded = stack_of(got), time.perf_counter()
     heads = await self._infer(served, stack, self.options.work_s - (decoded - asked.start))
     inferred = time.perf_counter()
     answers = [answer_of(served, h, a, i) for i, (h, a) in enumerate(zip(heads, about))]
     self.count(asked, served, answers, inferred - decoded)
+    if watched: self._watch(served, got, [h["probs"] for h in heads])
     if beside: self._spawn(self._beside(key, number, beside, data, [h["probs"] for h in heads], pictures))
     return {"model": model_of(served), "answers": answers, "trace_id": asked.trace_id, "notice": NOTICE,
             "ms": {"decode": round((decoded - start)*1e3, 2), "model": round((inferred - decoded)*1e3, 2)}}
@@ -414,13 +502,15 @@ async def explain(self:Service,
     if target and target not in served.classes:
         raise Refusal(422, f"a class must be one of {', '.join(served.classes)}, got {target!r}: correct it", "target")
     async with self.explaining: await self.thread(getattr, self.engine, "explainer")
-    future = self.engine.decode(served, data, pictures=1, within_s=self.options.work_s)
-    stack, about = stack_of((await _all([future]))[0])
+    watched = served.name in self.monitors
+    got, = await _all([self.engine.decode(served, data, pictures=1, greys=watched, within_s=self.options.work_s)])
+    stack, about = stack_of(got)
     head = (await self._infer(served, stack[:1], self.options.work_s))[0]
     wanted = served.classes.index(target) if target else int(np.argmax(head["probs"]))
     said, png = (await _all([self.engine.explain(served, stack[0], map, target=wanted)]))[0]
     answer = answer_of(served, head, about[0], 0)
     self.count(asked, served, [answer], 0.)
+    if watched: self._watch(served, got, [head["probs"]])
     return {"model": model_of(served), "answer": answer, "map": said["map"], "target": served.classes[wanted],
             "stamp": said["stamp"], "tests": said["tests"], "trace_id": asked.trace_id, "notice": NOTICE}, png
 
@@ -520,6 +610,7 @@ async def stop(self:Service)->None:
     end = time.monotonic() + self.options.drain_s
     while time.monotonic() < end and any(j.state in ("queued", "running") for j in self.jobs.values()):
         await asyncio.sleep(.05)
+    while time.monotonic() < end and self.looks: await asyncio.sleep(.01)
     for task in list(self.tasks): task.cancel()
     await asyncio.gather(*self.tasks, return_exceptions=True)
     await self.thread(self.engine.close, max(end - time.monotonic(), 1))
