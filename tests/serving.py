@@ -103,11 +103,24 @@ class Server:
             if model: _, made = prepare_store(str(model), store=str(self.store), **how)
         self.key = key or made
         text = f"ServeOptions(store={str(self.store)!r}, {options or 'plan=Plan(None, None)'})"
-        self.process = subprocess.Popen([sys.executable, "-c", START, text, str(self.log), str(port)], stdout=subprocess.PIPE,
-                                        text=True, start_new_session=True, cwd=folder, env=os.environ | {
-                                            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        self.how = dict(args=[sys.executable, "-c", START, text, str(self.log), str(port)], stdout=subprocess.PIPE, text=True,
+                        start_new_session=True, cwd=folder, env=os.environ | {
+                            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        self.start()
+
+    def start(self):
+        "A process with the options that the first one had"
+        self.process = subprocess.Popen(**self.how)
         self.url = self.process.stdout.readline().strip()
         self.port = int(self.url.rpartition(":")[2] or 0)
+        return self
+
+    def kill(self):
+        "SIGKILL for the server and its children"
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        return self
 
     def __enter__(self): return self
 

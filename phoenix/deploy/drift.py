@@ -269,7 +269,7 @@ def load_reference(
     told = read_json(Path(folder)/f"{name}.json")
     try: arrays = load_arrays((Path(folder)/f"{name}.safetensors").read_bytes())
     except (OSError, SafetensorError) as e:
-        raise DriftError(f"{name}.safetensors must be whole, but {type(e).__name__}; make the reference again") from None
+        raise DriftError(f"{name}.safetensors must be whole, but {type(e).__name__}; make it again") from None
     stated = tuple(told["classes"]), tuple(told["names"]), told["window"], told["alpha"], told.get("network", "")
     if told.get("format") != 1 or _identity(*stated, arrays) != told["identity"]:
         raise DriftError("A reference must be as it was saved, this one was changed; make it again")
@@ -392,7 +392,7 @@ def reference_of(
                           classes=package.classes, groups=groups, window=window or min(64, max(8, len(grey)//6)),
                           network=package.hashes[RUNTIMES[runtime]], **how)
 
-# %% ../../nbs/55d_deploy.drift.ipynb #2214bcc5
+# %% ../../nbs/55d_deploy.drift.ipynb #da84f556
 def keep_reference(
     package:Any, # a `Package`, the model folder that is added to
     reference:Reference, # of one of its networks

@@ -147,7 +147,7 @@ def _stacked(made, want):
     preprocess = Preprocess.from_spec(want["preprocess"])
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
-# %% ../../nbs/56a_deploy.engine.ipynb #3a29fab4
+# %% ../../nbs/56a_deploy.engine.ipynb #650ad033
 def _watched(shapes, data):
     "What the drift monitor sees of greys: their description and facts"
     from phoenix.deploy.drift import describe, input_facts
@@ -466,7 +466,7 @@ def decode(self:Engine,
     "Hand an upload to a decoder"
     return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #fa21f65c
 @patch
 def watch(self:Engine,
     answer:tuple, # what a decoder's future became, with greys
@@ -475,7 +475,7 @@ def watch(self:Engine,
     head, raw = answer
     return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
 
-
+# %% ../../nbs/56a_deploy.engine.ipynb #06951327
 def stack_of(
     answer:tuple, # what a decoder's future became
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each

@@ -186,14 +186,13 @@ def _add_batches(app, service):
     Slices = Annotated[int, Query(ge=1, le=service.options.engine.limits.pictures)]
     @app.post("/v1/batch", status_code=202, openapi_extra=_takes_pictures(), summary="Accept many files at once")
     async def add(request:Request, slices:Slices=9)->dict:
-        return service.add_batch(await uploads(request), request.state.asked, slices).told()
+        return await service.add_batch(await uploads(request), request.state.asked, slices)
     @app.get("/v1/batch/{id}", summary="Progress and results of a batch")
-    async def see(id:str, request:Request)->dict: return service.batch(id, request.state.asked.who).told()
+    async def see(id:str, request:Request)->dict:
+        return await service.thread(service.batches.see, id, request.state.asked.who.tenant)
     @app.delete("/v1/batch/{id}", summary="Cancel a batch; what is answered stays until it expires")
     async def cancel(id:str, request:Request)->dict:
-        job = service.batch(id, request.state.asked.who)
-        if job.state in ("queued", "running"): job.state = "cancelled"
-        return job.told()
+        return await service.thread(service.batches.cancel, id, request.state.asked.who.tenant)
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2f9f0862
 def _state(state):
@@ -243,7 +242,7 @@ def _add_facts(app, service):
     async def usage(request:Request)->list[dict]:
         await service.thread(service._flush)
         return await service.thread(service.usage.rows, request.state.asked.who.tenant)
-    @app.get("/v1/drift", summary="Whether requests still look like the reference: state and last windows of each version")
+    @app.get("/v1/drift", summary="Whether requests still look like the reference, by version, with the last windows")
     async def drift(windows:Annotated[int, Query(ge=0, le=1000)]=50)->dict:
         monitors = {s.name: service.monitors.get(s.name) for s in service.served.values()}
         seen = {n: await service.thread(m.windows, windows) if m else [] for n, m in monitors.items()}
@@ -261,7 +260,7 @@ def _add_facts(app, service):
 
 # %% ../../nbs/56e_deploy.serve.ipynb #ede7a627
 _STATUS = {"full": 429, "late": 504, "closed": 503, "model": 503, "start": 503, "too_large": 413, "unsupported": 415,
-           "not_an_image": 415}
+           "not_an_image": 415, "absent": 404}
 
 
 def _say(request, e):
