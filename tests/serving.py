@@ -95,6 +95,22 @@ def save_model(folder, weight=8., work=0, size=32):
     return folder
 
 
+def save_network(folder):
+    "A model folder with weights that torch can load: a small plain network as it was drawn, and its export"
+    from phoenix.deploy.export import check_parity, export_onnx
+    from phoenix.keys import seeded
+    from phoenix.models.zoo import create_model
+    args = dict(n_classes=4, c_in=1)
+    with seeded(1): net = create_model("plain_tiny_none", **args).eval()
+    package = save_package(folder, model_name="plain_tiny_none", model_args=args, classes=list(CLASSES), preprocess=Preprocess(size=(64, 64)),
+                           state_dict=net.state_dict(), certificate_sha256="c"*64, run_hash="r"*64, metrics={"accuracy": 1.}, threshold=0.,
+                           synthetic=True, published=False)
+    x = np.stack([package.preprocess(g) for g in heads(range(32))])[:, None].astype(np.float32)/255
+    path = export_onnx(package.model(), folder.with_suffix(".onnx"), size=64)
+    add_runtime(folder, "fp32", path, check_parity(package.model(), path, x))
+    return folder
+
+
 class Server:
     "A server in a process group of its own, on a free port; nothing of it outlives `stop`"
     def __init__(self, folder, model=None, options="", port=0, key=None, **how):

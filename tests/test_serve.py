@@ -262,8 +262,8 @@ def test_batches_over_kills_terms_and_another_server(model, tmp_path):
 @pytest.mark.slow
 def test_batches_expire_and_are_cancelled_over_a_restart(model, tmp_path):
     "What expired while nobody served is gone at the next start, from store and disk; a cancelled batch stays cancelled"
-    with Server(tmp_path, model, "plan=Plan(None, None), job_s=25, engine=EngineOptions(delay_ms=100)") as s:
-        gone, cancelled = send_batch(s.wait(), 200), send_batch(s, 200)
+    with Server(tmp_path, model, "plan=Plan(None, None), engine=EngineOptions(delay_ms=100)") as s:
+        gone, cancelled = send_batch(s.wait(), 500), send_batch(s, 200)
         settled(lambda: kept(s, cancelled), lambda r: len(r) >= 3)
         state = httpx.delete(f"{s.url}/v1/batch/{cancelled}", headers=s.headers()).json()
         assert state["state"] == "cancelled" and 3 <= len(state["results"]) < 200
@@ -271,7 +271,7 @@ def test_batches_expire_and_are_cancelled_over_a_restart(model, tmp_path):
         s.start().wait()
         assert get(s, f"/v1/batch/{cancelled}").json() == state and get(s, f"/v1/batch/{gone}").json()["state"] == "running"
         s.kill()
-        time.sleep(max(state["expires"] + 1 - time.time(), 0))
+        with open_store(str(s.store)).write("batches") as c: c.exec_driver_sql("UPDATE phoenix_batches SET expires = expires - 3600")
         s.start().wait()
         assert [get(s, f"/v1/batch/{k}").status_code for k in (gone, cancelled)] == [404, 404]
         assert settled(lambda: spooled(s), lambda f: not f) == [] == list(kept(s, gone))

@@ -147,7 +147,7 @@ def _stacked(made, want):
     preprocess = Preprocess.from_spec(want["preprocess"])
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
-# %% ../../nbs/56a_deploy.engine.ipynb #650ad033
+# %% ../../nbs/56a_deploy.engine.ipynb #b688d862
 def _watched(shapes, data):
     "What the drift monitor sees of greys: their description and facts"
     from phoenix.deploy.drift import describe, input_facts
@@ -355,6 +355,15 @@ def explain_picture(
     return {"map": name, "target": target, "stamp": check.stamp, "tests": rows}, _overlay(grey, heat, check.stamp)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #c1e02e69
+def _network(package):
+    "The network of a package, or the sentence why there is none; changed weights are refused in the package's words"
+    package.weights()
+    try: return package.model()
+    except (PhoenixError, RuntimeError, TypeError, ValueError):
+        raise UploadError("an explanation needs weights that this phoenix can load, this model has only its exported "
+                          "network: train and package it again", "weights") from None
+
+
 def make_explainer(
     setup:dict, # threads
 )->Any: # the function for a batch
@@ -366,10 +375,7 @@ def make_explainer(
     nets = {}
     def one(key, item, part):
         try:
-            try: nets[key] = nets.get(key) or load_package(key.partition(":")[2]).model()
-            except RuntimeError:
-                raise UploadError("an explanation needs weights that this phoenix can load, this model's don't fit: "
-                                  "train and package it again", "weights") from None
+            nets[key] = nets.get(key) or _network(load_package(key.partition(":")[2]))
             if item["map"] not in (can := map_names(nets[key])):
                 raise UploadError(f"a map must be one of {', '.join(can)} here, got {item['map']!r}: correct it")
             stack = np.frombuffer(part, np.uint8).reshape(1, *item["shape"])
@@ -466,7 +472,7 @@ def decode(self:Engine,
     "Hand an upload to a decoder"
     return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
 
-# %% ../../nbs/56a_deploy.engine.ipynb #fa21f65c
+# %% ../../nbs/56a_deploy.engine.ipynb #c25c558a
 @patch
 def watch(self:Engine,
     answer:tuple, # what a decoder's future became, with greys
@@ -475,7 +481,7 @@ def watch(self:Engine,
     head, raw = answer
     return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
 
-# %% ../../nbs/56a_deploy.engine.ipynb #06951327
+# %% ../../nbs/56a_deploy.engine.ipynb #91e82aec
 def stack_of(
     answer:tuple, # what a decoder's future became
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each
