@@ -904,6 +904,17 @@ def bench(
     rows = table.reset_index().to_dict("records")
     return Reply(dict(timings=rows, threads=threads, circumstances=table.attrs.get("circumstances", {})), lines(rows))
 
+# %% ../nbs/91_cli.ipynb #6318c584
+def _pictures_alone(images):
+    "Point to `scan` where a path is no single picture"
+    from phoenix.data.pixels import sniff
+    for p in images:
+        if not p.is_dir() and not p.is_file(): continue
+        kind = "folder" if p.is_dir() else sniff(p.read_bytes()[:400])
+        if kind in ("folder", "NIfTI", "DICOM", "gzip", "zip"):
+            raise PhoenixError(f"predict takes single pictures, {p.name!r} is a {kind}{' file'*(kind != 'folder')}: "
+                               "phoenix scan takes volumes, series and archives")
+
 # %% ../nbs/91_cli.ipynb #2fee1b4f
 @command(app, "predict", "phoenix predict runs/train-…/model image.png")
 def predict(
@@ -915,6 +926,7 @@ def predict(
 )->Reply: # class, probabilities and abstention of each picture
     "Classify pictures; research use only"
     from phoenix.deploy.package import load_package
+    _pictures_alone(images)
     package = load_package(model)
     how = dict(engine=engine) | ({} if threshold < 0 else dict(threshold=threshold))
     answers = package.predict(images, runtime, **how)

@@ -124,15 +124,19 @@ def test_the_page_shows_why(browser, explained, server, tmp_path):
         page.get_by_label("API key").fill(s.key)
         page.get_by_label("Show why").check()
         page.locator("#go").click()
-        page.wait_for_selector("section img" if s is explained else ".bad", timeout=120_000)
+        page.locator("h2", has_text="Explanation").wait_for(timeout=120_000)
         text = page.locator("#out").inner_text()
         if os.environ.get("PAGE_SHOTS"): page.screenshot(path=f"{os.environ['PAGE_SHOTS']}/why-{name}.png", full_page=True)
-        if s is server: assert "Refused (422)" in text and "weights that this phoenix can load" in text
+        heard = page.get_by_role("status").inner_text()
+        if s is server:
+            assert "No map: an explanation needs weights that this phoenix can load" in text and page.locator(".verdict").inner_text() == "bright"
+            assert heard == "Answer: bright. No map."
         else:
             image = page.locator("section img")
             assert image.evaluate("i => i.complete && i.naturalWidth") == 448 and "heat map of gradcam for " in image.get_attribute("alt")
             assert "passed its 3 tests" in text or "Do not trust this map" in text and image.get_attribute("alt").count("stamped")
-            assert all(t in text for t in ("weights", "deletion", "stability", "Explanation"))
+            assert all(t in text for t in ("weights", "deletion", "stability", "Explanation: gradcam for "))
+            assert "map" in heard and page.evaluate("document.activeElement.id") == "out"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.close()
 

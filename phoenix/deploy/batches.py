@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.batches.html.md"""
 # %% auto #0
 __all__ = ['BatchError', 'BatchLimits', 'Spool', 'Batches']
 
-# %% ../../nbs/55e_deploy.batches.ipynb #a80f5c72
+# %% ../../nbs/55e_deploy.batches.ipynb #4d32db43
 import fcntl
 import json
 import os
@@ -25,7 +25,7 @@ from .limits import Usage
 from .store import Store, sql
 from ..settings import PhoenixError
 
-# %% ../../nbs/55e_deploy.batches.ipynb #6600c900
+# %% ../../nbs/55e_deploy.batches.ipynb #fe643950
 class BatchError(PhoenixError):
     "A batch that can't be taken or is not there; `kind` is the short name of the reason"
     def __init__(self,
@@ -44,7 +44,7 @@ class BatchLimits:
     spool_mb:float=1024. # of files that are still to be answered
     keep_s:float=3600. # until a batch is forgotten, answered or not
 
-# %% ../../nbs/55e_deploy.batches.ipynb #793011ac
+# %% ../../nbs/55e_deploy.batches.ipynb #fe291ff1
 def _locked(desk):
     "The lock of a desk if nobody holds it, else None"
     try: fd = os.open(desk/"lock", os.O_RDWR)
@@ -73,7 +73,7 @@ class Spool:
         "Leave the desk to whoever comes next"
         os.close(self._lock)
 
-# %% ../../nbs/55e_deploy.batches.ipynb #157377fb
+# %% ../../nbs/55e_deploy.batches.ipynb #cac0ae45
 @patch
 def put(self:Spool,
     id:str, # of the batch
@@ -109,7 +109,7 @@ def drop(self:Spool,
     if n is None: shutil.rmtree(self.desk/id, ignore_errors=True)
     else: (self.desk/id/str(n)).unlink(missing_ok=True)
 
-# %% ../../nbs/55e_deploy.batches.ipynb #ed91e57e
+# %% ../../nbs/55e_deploy.batches.ipynb #8bea087e
 @patch
 def here(self:Spool)->list[str]: # ids
     "The batches on this desk"
@@ -130,7 +130,7 @@ def take_over(self:Spool)->list[str]: # ids that came to this desk
         os.close(fd)
     return taken
 
-# %% ../../nbs/55e_deploy.batches.ipynb #ebb922b2
+# %% ../../nbs/55e_deploy.batches.ipynb #ea9f25e7
 class Batches:
     "Batches of one model: what they are, what was answered"
     def __init__(self,
@@ -155,7 +155,7 @@ class Batches:
         found = c.execute(sql().select(t).filter_by(id=id, **where).with_for_update()).mappings().first()
         return found if found and found["expires"] > self.store.now(c) else None
 
-# %% ../../nbs/55e_deploy.batches.ipynb #d5a89bb2
+# %% ../../nbs/55e_deploy.batches.ipynb #53d25508
 _OPEN = ("queued", "running")
 
 
@@ -199,7 +199,7 @@ def _make_room(self:Batches, c, size):
         raise BatchError(f"there must be room for a batch, {kept} are kept and {waiting/2**20:.0f} MB wait: come again "
                          "when some have ended", "full")
 
-# %% ../../nbs/55e_deploy.batches.ipynb #988bfc5a
+# %% ../../nbs/55e_deploy.batches.ipynb #2716af39
 @patch
 def see(self:Batches,
     id:str, # as `add` named it
@@ -228,7 +228,7 @@ def cancel(self:Batches,
         c.execute(t.update().filter_by(id=id, tenant=tenant).where(t.c.state.in_(_OPEN)).values(state="cancelled"))
     return self.see(id, tenant)
 
-# %% ../../nbs/55e_deploy.batches.ipynb #ec5312d5
+# %% ../../nbs/55e_deploy.batches.ipynb #6abf593c
 @patch
 def begin(self:Batches,
     id:str, # on this desk
@@ -263,7 +263,7 @@ def keep(self:Batches,
     self.spool.drop(id, n)
     return True
 
-# %% ../../nbs/55e_deploy.batches.ipynb #60faae0a
+# %% ../../nbs/55e_deploy.batches.ipynb #d3ac5dc7
 @patch
 def tidy(self:Batches)->int: # batches that are kept
     "Forget what has expired, in every process's name, and clear this desk of what needs no work"

@@ -147,7 +147,7 @@ def _stacked(made, want):
     preprocess = Preprocess.from_spec(want["preprocess"])
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
-# %% ../../nbs/56a_deploy.engine.ipynb #b688d862
+# %% ../../nbs/56a_deploy.engine.ipynb #d6aafc40
 def _watched(shapes, data):
     "What the drift monitor sees of greys: their description and facts"
     from phoenix.deploy.drift import describe, input_facts
@@ -472,7 +472,7 @@ def decode(self:Engine,
     "Hand an upload to a decoder"
     return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
 
-# %% ../../nbs/56a_deploy.engine.ipynb #c25c558a
+# %% ../../nbs/56a_deploy.engine.ipynb #71a2b08d
 @patch
 def watch(self:Engine,
     answer:tuple, # what a decoder's future became, with greys
@@ -481,7 +481,7 @@ def watch(self:Engine,
     head, raw = answer
     return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
 
-# %% ../../nbs/56a_deploy.engine.ipynb #91e82aec
+# %% ../../nbs/56a_deploy.engine.ipynb #bed3d3ef
 def stack_of(
     answer:tuple, # what a decoder's future became
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each

@@ -245,7 +245,7 @@ def _open_version(self:Service,
         raise RegistryError(f"{version.name} must be the folder that was registered, it was changed: bring it back")
     return self.engine.open(version.path, version.runtime, version.name)
 
-# %% ../../nbs/56d_deploy.service.ipynb #27ef5f97
+# %% ../../nbs/56d_deploy.service.ipynb #c46db250
 @patch
 def _meet_reference(self:Service,
     version:Version, # that will serve
@@ -320,7 +320,7 @@ async def check(self:Service)->bool: # whether the champion gives its golden ans
     else: self.canary_ok = head["logits"] == served.golden
     return self.canary_ok
 
-# %% ../../nbs/56d_deploy.service.ipynb #f73361b3
+# %% ../../nbs/56d_deploy.service.ipynb #2604dede
 @patch
 def _watch(self:Service,
     served:Served, # who answered
@@ -342,7 +342,7 @@ async def _look(self:Service, name, decoded, probs):
     else: self.seen.append((name, head["seen"], probs))
     finally: self.looks -= 1
 
-# %% ../../nbs/56d_deploy.service.ipynb #ad48c499
+# %% ../../nbs/56d_deploy.service.ipynb #8a463b33
 @patch
 def _judge(self:Service)->None:
     "Give what was seen to the monitors, and log their alerts"
@@ -464,7 +464,7 @@ async def _answer(self:Service, data, asked, pictures, request_key):
     said = {"model": model_of(served), "answers": answers, "trace_id": asked.trace_id, "notice": NOTICE, "ms": ms}
     return said, served, inferred - decoded
 
-# %% ../../nbs/56d_deploy.service.ipynb #e2fd5e67
+# %% ../../nbs/56d_deploy.service.ipynb #cff7c761
 @patch
 def _meter(self:Service, served, answers):
     "Count pictures by answer"
