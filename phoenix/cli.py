@@ -904,7 +904,7 @@ def bench(
     rows = table.reset_index().to_dict("records")
     return Reply(dict(timings=rows, threads=threads, circumstances=table.attrs.get("circumstances", {})), lines(rows))
 
-# %% ../nbs/91_cli.ipynb #6318c584
+# %% ../nbs/91_cli.ipynb #bd588857
 def _pictures_alone(images):
     "Point to `scan` where a path is no single picture"
     from phoenix.data.pixels import sniff
@@ -958,14 +958,15 @@ def calibrate(
     few = rows.iloc[:maps]
     check = check_package_map(package, _files(package, folder, few), list(few.group)) if maps else None
     package = save_decision(package, made, check)
-    watch = reference_of(package, files, groups=list(rows.group), runtime=runtime) if len(rows) >= 48 else None
+    enough = len(rows) >= 48 and rows.group.nunique() >= 10
+    watch = reference_of(package, files, groups=list(rows.group), runtime=runtime) if enough else None
     if watch: keep_reference(package, watch)
     facts = dict(pictures=made.fold["pictures"], groups=made.fold["groups"],
                  temperature=made.calibration["temperature"],
                  ece_before=made.calibration["ece_before"], ece_after=made.calibration["ece_after"], alpha=alpha,
                  set_threshold=made.sets["thresholds"][0], stranger_limit=(made.strangers or {}).get("limit"),
                  map="UNTESTED" if check is None else check.stamp or "passed",
-                 drift=f"windows of {watch.window}" if watch else "not watched: 48 pictures are needed")
+                 drift=f"windows of {watch.window}" if watch else "not watched: 48 pictures of 10 groups are needed")
     return Reply(facts, lines([dict(what=k, value=str(v)) for k, v in facts.items()]))
 
 # %% ../nbs/91_cli.ipynb #036a516c
