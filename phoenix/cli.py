@@ -983,6 +983,17 @@ def bench(
     rows = table.reset_index().to_dict("records")
     return Reply(dict(timings=rows, threads=threads, circumstances=table.attrs.get("circumstances", {})), lines(rows))
 
+# %% ../nbs/91_cli.ipynb #bd588857
+def _pictures_alone(images):
+    "Point to `scan` where a path is no single picture"
+    from phoenix.data.pixels import sniff
+    for p in images:
+        if not p.is_dir() and not p.is_file(): continue
+        kind = "folder" if p.is_dir() else sniff(p.read_bytes()[:400])
+        if kind in ("folder", "NIfTI", "DICOM", "gzip", "zip"):
+            raise PhoenixError(f"predict takes single pictures, {p.name!r} is a {kind}{' file'*(kind != 'folder')}: "
+                               "phoenix scan takes volumes, series and archives")
+
 # %% ../nbs/91_cli.ipynb #2fee1b4f
 @command(app, "predict", "phoenix predict runs/train-…/model image.png")
 def predict(
@@ -994,6 +1005,7 @@ def predict(
 )->Reply: # class, probabilities and abstention of each picture
     "Classify pictures; research use only"
     from phoenix.deploy.package import load_package
+    _pictures_alone(images)
     package = load_package(model)
     how = dict(engine=engine) | ({} if threshold < 0 else dict(threshold=threshold))
     answers = package.predict(images, runtime, **how)
@@ -1015,21 +1027,27 @@ def calibrate(
     alpha:float=.1, # share of truths that sets may miss
     strangers:str="mahalanobis", # how strangers are told: 'mahalanobis', 'energy' or 'none'
     maps:int=0, # validation pictures on which the explanation map is tested; 0 = it stays stamped UNTESTED
-)->Reply: # temperature, threshold of sets, limit of strangers
-    "Fit temperature, sets and strangers on the validation part, into the model folder"
+)->Reply: # temperature, threshold of sets, limit of strangers, window of the drift monitor
+    "Fit temperature, sets, strangers and the drift reference on the validation part, into the model folder"
     from phoenix.deploy.clinical import check_package_map, fit_decision, save_decision
+    from phoenix.deploy.drift import keep_reference, reference_of
     from phoenix.deploy.package import load_package
     package, rows = load_package(model), _part(folder, certificate, "valid")
-    made = fit_decision(package, _files(package, folder, rows), _targets(package, rows), list(rows.group), runtime,
-                        alpha=alpha, strangers=strangers)
+    files = _files(package, folder, rows)
+    made = fit_decision(package, files, _targets(package, rows), list(rows.group), runtime, alpha=alpha,
+                        strangers=strangers)
     few = rows.iloc[:maps]
     check = check_package_map(package, _files(package, folder, few), list(few.group)) if maps else None
-    save_decision(package, made, check)
+    package = save_decision(package, made, check)
+    enough = len(rows) >= 48 and rows.group.nunique() >= 10
+    watch = reference_of(package, files, groups=list(rows.group), runtime=runtime) if enough else None
+    if watch: keep_reference(package, watch)
     facts = dict(pictures=made.fold["pictures"], groups=made.fold["groups"],
                  temperature=made.calibration["temperature"],
                  ece_before=made.calibration["ece_before"], ece_after=made.calibration["ece_after"], alpha=alpha,
                  set_threshold=made.sets["thresholds"][0], stranger_limit=(made.strangers or {}).get("limit"),
-                 map="UNTESTED" if check is None else check.stamp or "passed")
+                 map="UNTESTED" if check is None else check.stamp or "passed",
+                 drift=f"windows of {watch.window}" if watch else "not watched: 48 pictures of 10 groups are needed")
     return Reply(facts, lines([dict(what=k, value=str(v)) for k, v in facts.items()]))
 
 # %% ../nbs/91_cli.ipynb #036a516c

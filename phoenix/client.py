@@ -136,6 +136,14 @@ def models(self:Client)->dict: # champion, challenger, share
 
 
 @patch
+def drift(self:Client,
+    windows:int=50, # newest ones of each version
+)->dict: # by version: watched or why not, windows, alerts, p-values
+    "Whether requests still look like the reference of the model"
+    return self.ask("GET", "/v1/drift", params={"windows": windows})
+
+
+@patch
 def batch(self:Client,
     images:Sequence, # paths or bytes
     *,

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from phoenix.data.phantom import phantom_slice
+from phoenix.data.phantom import CLASSES, phantom_slice
 from phoenix.data.preprocess import Preprocess
 from phoenix.deploy.package import add_runtime, save_package
 from phoenix.deploy.serve import prepare_store
@@ -39,6 +40,29 @@ def picture(size=64, patient=0, format="PNG"):
     out = io.BytesIO()
     Image.fromarray(phantom_slice("glioma", patient, 0, size=size).image).save(out, format)
     return out.getvalue()
+
+
+def heads(patients):
+    "Phantoms of four classes in turn, one a patient"
+    return [phantom_slice(CLASSES[i % 4], i, 0, size=64).image for i in patients]
+
+
+def png(grey):
+    "A picture as the bytes of a PNG file"
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    return out.getvalue()
+
+
+def add_reference(folder, n=64):
+    "A drift reference of phantoms in a model folder: windows of 8, one false alert in 800 pictures"
+    from phoenix.deploy.drift import keep_reference, reference_of
+    from phoenix.deploy.package import load_package
+    with tempfile.TemporaryDirectory() as root:
+        paths = [Path(root, f"{i}.png") for i in range(n)]
+        for p, x in zip(paths, heads(range(1000, 1000 + n))): p.write_bytes(png(x))
+        package = load_package(folder)
+        return keep_reference(package, reference_of(package, paths, window=8, alpha=.01))
 
 
 def save_model(folder, weight=8., work=0, size=32):
@@ -71,6 +95,22 @@ def save_model(folder, weight=8., work=0, size=32):
     return folder
 
 
+def save_network(folder):
+    "A model folder with weights that torch can load: a small plain network as it was drawn, and its export"
+    from phoenix.deploy.export import check_parity, export_onnx
+    from phoenix.keys import seeded
+    from phoenix.models.zoo import create_model
+    args = dict(n_classes=4, c_in=1)
+    with seeded(1): net = create_model("plain_tiny_none", **args).eval()
+    package = save_package(folder, model_name="plain_tiny_none", model_args=args, classes=list(CLASSES), preprocess=Preprocess(size=(64, 64)),
+                           state_dict=net.state_dict(), certificate_sha256="c"*64, run_hash="r"*64, metrics={"accuracy": 1.}, threshold=0.,
+                           synthetic=True, published=False)
+    x = np.stack([package.preprocess(g) for g in heads(range(32))])[:, None].astype(np.float32)/255
+    path = export_onnx(package.model(), folder.with_suffix(".onnx"), size=64)
+    add_runtime(folder, "fp32", path, check_parity(package.model(), path, x))
+    return folder
+
+
 class Server:
     "A server in a process group of its own, on a free port; nothing of it outlives `stop`"
     def __init__(self, folder, model=None, options="", port=0, key=None, **how):
@@ -79,11 +119,24 @@ class Server:
             if model: _, made = prepare_store(str(model), store=str(self.store), **how)
         self.key = key or made
         text = f"ServeOptions(store={str(self.store)!r}, {options or 'plan=Plan(None, None)'})"
-        self.process = subprocess.Popen([sys.executable, "-c", START, text, str(self.log), str(port)], stdout=subprocess.PIPE,
-                                        text=True, start_new_session=True, cwd=folder, env=os.environ | {
-                                            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        self.how = dict(args=[sys.executable, "-c", START, text, str(self.log), str(port)], stdout=subprocess.PIPE, text=True,
+                        start_new_session=True, cwd=folder, env=os.environ | {
+                            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+        self.start()
+
+    def start(self):
+        "A process with the options that the first one had"
+        self.process = subprocess.Popen(**self.how)
         self.url = self.process.stdout.readline().strip()
         self.port = int(self.url.rpartition(":")[2] or 0)
+        return self
+
+    def kill(self):
+        "SIGKILL for the server and its children"
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        return self
 
     def __enter__(self): return self
 

@@ -332,6 +332,7 @@ def test_the_commands(tmp_path):
 
     from phoenix.cli import _part, calibrate, data_acquire, scan, split_make
     from phoenix.data.pixels import read_pixels
+    from phoenix.deploy.drift import find_reference, keep_reference, reference_of
     folder, split = tmp_path/"raw", tmp_path/"split.json"
     data_acquire("phantom", output_dir=folder)
     split_make(folder, split)
@@ -342,6 +343,10 @@ def test_the_commands(tmp_path):
     make_package(tmp_path/"model", network(tmp_path/"n.onnx", fit.coef_.T, (8, 8)), classes, preprocess=made, synthetic=True)
     reply = calibrate(tmp_path/"model", folder, split, runtime="fp32")
     assert reply.data["pictures"] >= 20 and reply.data["temperature"] > 0 and reply.data["map"] == "UNTESTED"
+    assert reply.data["drift"].startswith("not watched") and find_reference(load_package(tmp_path/"model"), "fp32") is None
+    files = [folder/p for p in rows.path]
+    watch = keep_reference(load_package(tmp_path/"model"), reference_of(load_package(tmp_path/"model"), files, groups=list(rows.group)))
+    assert {"decision.json", "drift.fp32.json"} <= set(watch.hashes) and find_reference(watch, "fp32").window >= 8
     picture = folder/_part(folder, split, "test").path.iloc[0]
     seen = scan(picture, tmp_path/"model", tmp_path/"out", format=",".join(FORMATS), runtime="fp32", maps=False)
     assert len(seen.data["files"]) == 5 and seen.data["findings"][0]["calibrated"]

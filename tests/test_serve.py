@@ -13,13 +13,19 @@ import nibabel
 import numpy as np
 import pytest
 
+from phoenix.data.mimics import make_mimic
+from phoenix.data.pixels import read_pixels
 from phoenix.deploy.package import load_package
 from phoenix.deploy.serve import ACCESS
-from serving import Server, answered, picture, post, raw, save_model, users
+from phoenix.deploy.store import open_store
+from serving import Server, add_reference, answered, heads, picture, png, post, raw, save_model, users
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("models")/"model")
+def model(tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp("models")/"model")
+    add_reference(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,6 @@ def test_what_can_t_be_used_is_refused_by_its_kind(server, data, kind, status):
 def test_every_route_denies_by_default(server):
     "Each route of the table with no key, a wrong key and keys without its scope: 0 unintended answers"
     from phoenix.deploy.keys import Keyring
-    from phoenix.deploy.store import open_store
     keyring = Keyring(open_store(str(server.store)))
     narrow = {s: keyring.add("other", [s]).reveal() for s in ("read", "predict", "metrics", "admin")}
     bad = ["", "Bearer", "Bearer phx_aaaaaaaaaaaa_" + "0"*64, "Basic YTpi", f"Bearer {server.key}x", f"Bearer {server.key[:-1]}"]
@@ -126,18 +131,54 @@ def test_batches(server):
 
 def test_a_challenger_serves_without_a_restart_and_the_way_back(server, tmp_path):
     from phoenix.deploy.registry import Registry
-    from phoenix.deploy.store import open_store
     registry = Registry(open_store(str(server.store)))
     two = registry.register(str(save_model(tmp_path/"two", weight=2.)), "model")
+    assert get(server, "/v1/drift").json()["model@1"]["watched"]
     before = post(server).json()
     said = httpx.post(server.url + "/v1/models/promote", params={"number": two.number, "why": "test"}, headers=server.headers(), timeout=60)
     assert said.status_code == 200 and said.json()["champion"]["number"] == two.number
     after = post(server).json()
+    assert "holds no reference" in get(server, "/v1/drift").json()["model@2"]["reason"]
     assert after["model"]["version"] == "model@2" and after["answers"][0]["probs"] != before["answers"][0]["probs"]
     registry.rollback("model", who="test", why="test")
     end = time.monotonic() + 30
     while post(server).json()["model"]["version"] != "model@1" and time.monotonic() < end: time.sleep(.1)
     assert post(server).json()["answers"] == before["answers"]
+
+
+def watched(server, pictures):
+    "The alerts of a drift window that these 8 pictures fill"
+    def drift(): return get(server, "/v1/drift").json()["model@1"]
+    for k in range(-drift()["waiting"] % 8): post(server, png(heads([2000 + k])[0]))
+    before = settled(drift, lambda d: d["waiting"] == 0)["windows"]
+    for x in pictures: post(server, png(x))
+    seen = settled(drift, lambda d: d["windows"] == before + 1)
+    assert len(seen["judged"]) == seen["windows"] and set(seen["judged"][-1]["p"]) == {"embedding", "classes", "contract"}
+    return set(seen["alerting"])
+
+
+def settled(look, ok, seconds=20):
+    "What is seen as soon as it is as expected"
+    end = time.monotonic() + seconds
+    while not ok(seen := look()) and time.monotonic() < end: time.sleep(.05)
+    assert ok(seen), seen
+    return seen
+
+
+def test_drift_is_seen_by_the_server(server, tmp_path):
+    "Pictures like the reference raise no alert; inverted and brighter ones and another organ do, in metrics and log too"
+    new = heads(range(3000, 3008))
+    make_mimic("nih14", tmp_path/"chest", groups=10, pictures=1, size=64)
+    chests = [read_pixels(p).grey for p in sorted((tmp_path/"chest").rglob("*.png"))][:8]
+    brighter = [np.clip(x*1.5 + 40, 0, 255).astype(np.uint8) for x in new]
+    assert watched(server, new) == set()
+    assert "contract" in watched(server, [255 - x for x in new]) and watched(server, brighter) and watched(server, chests)
+    gauges = settled(lambda: get(server, "/metrics").text, lambda t: 'phoenix_drift_alerting{kind="embedding",version="model@1"} 1.0' in t)
+    assert 'phoenix_drift_reference{version="model@1"} 1.0' in gauges and "phoenix_drift_unwatched_total{" not in gauges
+    told, = [m["drift"] for m in get(server, "/v1/models").json()["open"] if m["version"] == "model@1"]
+    assert told["watched"] and told["alerts"] >= 3 and "class mix" in told["kinds"]
+    lines = [json.loads(x) for x in server.log.read_text().splitlines() if '"phoenix.drift"' in x]
+    assert len(lines) == told["alerts"] and all(x["version"] == "model@1" and x["p"] <= .01/3 and x["level"] == "WARNING" for x in lines)
 
 
 def test_curl_examples(server, tmp_path):
@@ -148,6 +189,92 @@ def test_curl_examples(server, tmp_path):
     raw_body = curl("-H", "Content-Type: image/png", "--data-binary", "@slice.png", f"{server.url}/v1/predict")
     form = curl("-F", "file=@slice.png", f"{server.url}/v1/predict")
     assert raw_body["answers"] == form["answers"] and curl(f"{server.url}/v1/models")["champion"]
+
+
+def kept(server, id):
+    "The results of a batch so far, as they lie in the store"
+    with open_store(str(server.store)).read() as c:
+        return dict(tuple(r) for r in c.exec_driver_sql(f"SELECT n, result FROM phoenix_batch_results WHERE id = '{id}'"))
+
+
+def send_batch(server, n, of=3):
+    "A batch of `n` files, by turns of so many pictures, under names that must not be kept"
+    data = [picture(patient=k) for k in range(of)]
+    files = [("files", (f"name-of-a-patient-{k}.png", data[k % of])) for k in range(n)]
+    said = httpx.post(server.url + "/v1/batch", files=files, headers={"X-API-Key": server.key}, timeout=30)
+    assert said.status_code == 202, said.text
+    return said.json()["id"]
+
+
+def ended(server, id, seconds=120):
+    return settled(lambda: get(server, f"/v1/batch/{id}").json(), lambda b: b["state"] not in ("queued", "running"), seconds)
+
+
+def images_used(server):
+    with open_store(str(server.store)).read() as c:
+        return c.exec_driver_sql("SELECT coalesce(sum(images), 0) FROM phoenix_usage").scalar()
+
+
+def spooled(server): return [p for p in server.store.with_name("s.db.spool").rglob("*") if p.is_file() and p.name != "lock"]
+
+
+def test_a_killed_server_goes_on_with_its_batch(server):
+    "SIGKILL of server and children in the middle: what was answered stays as it was, the rest is answered, all of it is counted once"
+    single = [post(server, picture(patient=k)).json()["answers"] for k in range(3)]
+    get(server, "/v1/usage")
+    before, id = images_used(server), send_batch(server, 90)
+    first = settled(lambda: kept(server, id), lambda r: len(r) >= 4)
+    server.kill()
+    first, left = kept(server, id), len(spooled(server))
+    assert 4 <= len(first) < 90 and 90 - len(first) <= left <= 91 - len(first)
+    done = ended(server.start().wait(), id)
+    assert done["state"] == "done" and [r["file"] for r in done["results"]] == list(range(90))
+    assert [r["answers"] for r in done["results"]] == [single[k % 3] for k in range(90)]
+    assert {n: r for n, r in kept(server, id).items() if n in first} == first, "what was answered is not answered anew"
+    assert images_used(server) - before == 90 and settled(lambda: spooled(server), lambda f: not f) == []
+    assert not any(b"name-of-a-patient" in p.read_bytes() for p in server.store.parent.rglob("*") if p.is_file())
+
+
+@pytest.mark.slow
+def test_batches_over_kills_terms_and_another_server(model, tmp_path):
+    "Three SIGKILLs, one SIGTERM, then a server that is not started again and another that takes over; the key is charged once"
+    options = "plan=Plan(None, None, key_quota=1000)"
+    with Server(tmp_path, model, options) as one:
+        id = send_batch(one.wait(), 300)
+        for seen in (20, 60, 100):
+            settled(lambda: kept(one, id), lambda r: len(r) >= seen, 60)
+            one.kill()
+            before = kept(one, id)
+            one.start().wait()
+            assert {n: r for n, r in kept(one, id).items() if n in before} == before
+        assert one.stop() == 0 and len(kept(one, id)) < 300, "a server that ends leaves the batch for the next"
+        one.start().wait()
+        with Server(tmp_path, options=options, key=one.key) as two:
+            two.wait()
+            settled(lambda: kept(one, id), lambda r: len(r) >= 140, 60)
+            one.kill()
+            done = ended(two, id)
+            assert [len(r["answers"]) for r in done["results"]] == [1]*300 and images_used(two) == 300 and not spooled(two)
+            with open_store(str(two.store)).read() as c:
+                assert c.exec_driver_sql("SELECT used FROM phoenix_quotas WHERE subject LIKE 'key %'").scalar() == 1
+
+
+@pytest.mark.slow
+def test_batches_expire_and_are_cancelled_over_a_restart(model, tmp_path):
+    "What expired while nobody served is gone at the next start, from store and disk; a cancelled batch stays cancelled"
+    with Server(tmp_path, model, "plan=Plan(None, None), engine=EngineOptions(delay_ms=100)") as s:
+        gone, cancelled = send_batch(s.wait(), 500), send_batch(s, 200)
+        settled(lambda: kept(s, cancelled), lambda r: len(r) >= 3)
+        state = httpx.delete(f"{s.url}/v1/batch/{cancelled}", headers=s.headers()).json()
+        assert state["state"] == "cancelled" and 3 <= len(state["results"]) < 200
+        s.kill()
+        s.start().wait()
+        assert get(s, f"/v1/batch/{cancelled}").json() == state and get(s, f"/v1/batch/{gone}").json()["state"] == "running"
+        s.kill()
+        with open_store(str(s.store)).write("batches") as c: c.exec_driver_sql("UPDATE phoenix_batches SET expires = expires - 3600")
+        s.start().wait()
+        assert [get(s, f"/v1/batch/{k}").status_code for k in (gone, cancelled)] == [404, 404]
+        assert settled(lambda: spooled(s), lambda f: not f) == [] == list(kept(s, gone))
 
 
 def test_sigterm_answers_what_it_accepted(server):
@@ -164,7 +291,6 @@ def test_sigterm_answers_what_it_accepted(server):
     said = [json.loads(x) for x in server.log.read_text().splitlines()]
     answered_ = sum(x.get("status") == 200 and x.get("route") == "/v1/predict" for x in said)
     from phoenix.deploy.audit import AuditLog
-    from phoenix.deploy.store import open_store
     log = AuditLog(open_store(str(server.store)))
     chain = log.verify()
     assert chain.ok and chain.entries >= answered_ > 0

@@ -13,6 +13,7 @@ import pytest
 
 from phoenix.data.preprocess import Preprocess
 from phoenix.deploy.audit import AuditLog
+from phoenix.deploy.batches import Batches, BatchError, BatchLimits, Spool
 from phoenix.deploy.drift import DriftMonitor, make_reference
 from phoenix.deploy.keys import KeyInfo, Keyring, KeyRefused
 from phoenix.deploy.limits import Limiter, Plan, Rule, Usage
@@ -189,6 +190,32 @@ def test_a_half_full_window_survives_a_restart(store, url):
     assert (again.status()["windows"], again.status()["waiting"]) == (2, 0)
     other = make_reference(*rows(200, 5), classes=["a", "b"], names=("x", "y"), window=16, alpha=.05)
     assert DriftMonitor(store, other, "m@1").status()["windows"] == 0, "another reference begins anew"
+
+
+@both
+def test_batches_on_both(store, url, tmp_path):
+    "Added in one process, gone on with in another; threads that answer at once are heard once, and their usage counted once"
+    lab, limits = dict(tenant=f"lab {uuid.uuid4().hex[:8]}", key_id="k"), BatchLimits(batches=3, files=8)
+    one = Batches(store, Spool(tmp_path/"spool"), "m", limits)
+    id = one.add([b"%d" % k for k in range(6)], **lab)["id"]
+    row, left = one.begin(id)
+    assert left == [0, 1, 2, 3, 4, 5] and one.keep(row, 0, {"x": 0}, images=1)
+    one.spool.close()
+    two = Batches(open_store(url), Spool(tmp_path/"spool"), "m", limits)
+    assert two.spool.take_over() == [id] and two.begin(id)[1] == [1, 2, 3, 4, 5]
+    heard = []
+    def answer(b, who): heard.extend(n for n in range(6) if b.keep(row, n, {"x": who}, images=1))
+    threads = [threading.Thread(target=answer, args=(b, who)) for who, b in enumerate((one, two, one, two))]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert sorted(heard) == [1, 2, 3, 4, 5] and two.see(id, lab["tenant"])["state"] == "done"
+    assert sum(u["images"] for u in Usage(store).rows(lab["tenant"])) == 6 and one.see(id, lab["tenant"]) == two.see(id, lab["tenant"])
+    for _ in range(2): two.add([b"x"], **lab)
+    with pytest.raises(BatchError, match="3 are kept"): two.add([b"x"], **lab)
+    assert two.tidy() == 3 and id not in two.spool.here() and len(two.spool.here()) == 2
+    with store.write("batches") as c: c.execute(one._batches.update().values(expires=0))
+    assert two.tidy() == 0 and two.spool.here() == []
+    with pytest.raises(BatchError, match="not expired"): two.see(id, lab["tenant"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.drift.html.md"""
 
 # %% auto #0
 __all__ = ['FACTS', 'DriftError', 'input_facts', 'describe', 'mmd', 'Reference', 'make_reference', 'judge_window',
-           'save_reference', 'load_reference', 'Alert', 'DriftMonitor', 'reference_of', 'plot_drift']
+           'save_reference', 'load_reference', 'Alert', 'DriftMonitor', 'reference_of', 'keep_reference',
+           'find_reference', 'plot_drift']
 
 # %% ../../nbs/55d_deploy.drift.ipynb #1328a428
 import json
@@ -44,6 +45,8 @@ def _grey(image):
 
 # %% ../../nbs/55d_deploy.drift.ipynb #aa15a05f
 FACTS = ("height", "width", "mean", "contrast", "dark", "border", "sharpness", "noise")
+_SLOPE = np.float32([[-.5, 0, .5]])
+_ODD = np.float32([[0, -.25, 0], [-.25, 1, -.25], [0, -.25, 0]]) # a pixel against its four neighbours
 
 
 def input_facts(
@@ -51,13 +54,13 @@ def input_facts(
 )->np.ndarray: # `(8,)` float64, in the order of FACTS
     "Facts of a picture for the contract"
     x = _grey(image)
-    low, high = np.percentile(x, (1, 99))
-    gy, gx = np.gradient(x)
-    edge = max(1, min(x.shape)//20)
+    step, edge = max(1, int(np.sqrt(x.size/2**14))), max(1, min(x.shape)//20)
+    low, high = np.quantile(x[::step, ::step], (.01, .99))
+    gx, gy = (cv2.filter2D(x, -1, k) for k in (_SLOPE, _SLOPE.T))
     frame = np.concatenate([x[:edge].ravel(), x[-edge:].ravel(), x[:, :edge].ravel(), x[:, -edge:].ravel()])
-    rough = np.median(np.abs(x[1:-1, 1:-1] - (x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:])/4))
+    rough = np.median(np.abs(cv2.filter2D(x, -1, _ODD))[1:-1:step, 1:-1:step])
     return np.array([*x.shape, x.mean(), high - low, (x < .05).mean(), frame.mean(),
-                     np.hypot(gy, gx).mean()/max(high - low, 1e-6), rough], np.float64)
+                     cv2.magnitude(gx, gy).mean()/max(high - low, 1e-6), rough], np.float64)
 
 # %% ../../nbs/55d_deploy.drift.ipynb #d422049c
 def describe(
@@ -117,6 +120,7 @@ class Reference:
     names:tuple # m names of the facts
     window:int # rows that are judged together
     alpha:float # chance that a window without drift raises an alert
+    network:str # sha256 of the network whose answers give the class mix; '' when it is not stated
     arrays:dict # what the tests need, by name
     identity:str # sha256 of all this
 
@@ -134,9 +138,9 @@ class Reference:
         return self.window/self.alpha
 
 
-def _identity(classes, names, window, alpha, arrays):
+def _identity(classes, names, window, alpha, network, arrays):
     parts = {k: sha256_bytes(np.ascontiguousarray(v).tobytes()) for k, v in arrays.items()}
-    return hash_json([classes, names, window, alpha, parts])
+    return hash_json([classes, names, window, alpha, network, parts])
 
 # %% ../../nbs/55d_deploy.drift.ipynb #2a1648b1
 def _halves(groups, n, g):
@@ -208,6 +212,7 @@ def make_reference(
     names:Sequence[str]=FACTS, # m names of the facts
     window:int=64, # rows that are judged together
     alpha:float=.01, # chance that a window without drift raises an alert
+    network:str="", # sha256 of the network that gave `probs`
     seed:int=42, # of halves and windows
 )->Reference: # to be saved beside the model
     "Learn what requests are compared with"
@@ -222,7 +227,7 @@ def make_reference(
     a["null embedding"] = np.sort(_null_mmd(_project(a, e[second]), a["anchors"], a["width"][0], w))
     a["null classes"] = np.sort(_chi2(_counts(p[second].argmax(1)[w], len(classes)), a["mix"]))
     a["null contract"] = np.sort(broken[w].sum(1).astype(float))
-    stated = tuple(classes), tuple(names), int(window), float(alpha)
+    stated = tuple(classes), tuple(names), int(window), float(alpha), network
     return Reference(*stated, a, _identity(*stated, a))
 
 # %% ../../nbs/55d_deploy.drift.ipynb #52e6478d
@@ -245,25 +250,27 @@ def judge_window(
 def save_reference(
     reference:Reference, # to be kept
     folder:str|Path, # made when absent
+    name:str="drift", # of the two files
 )->Path: # the folder
     "Write a reference as safetensors and JSON"
     folder, data = Path(folder), save_arrays({k: np.ascontiguousarray(v) for k, v in reference.arrays.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder/"drift.safetensors", data)
-    write_json(folder/"drift.json", dict(format=1, classes=reference.classes, names=reference.names,
-               window=reference.window, alpha=reference.alpha, identity=reference.identity))
+    write_bytes(folder/f"{name}.safetensors", data)
+    write_json(folder/f"{name}.json", dict(format=1, classes=reference.classes, names=reference.names,
+               window=reference.window, alpha=reference.alpha, network=reference.network, identity=reference.identity))
     return folder
 
 
 def load_reference(
     folder:str|Path, # written by `save_reference`
+    name:str="drift", # of the two files
 )->Reference: # checked against its identity
     "Read a reference, or refuse a changed one"
-    told = read_json(Path(folder)/"drift.json")
-    try: arrays = load_arrays((Path(folder)/"drift.safetensors").read_bytes())
+    told = read_json(Path(folder)/f"{name}.json")
+    try: arrays = load_arrays((Path(folder)/f"{name}.safetensors").read_bytes())
     except (OSError, SafetensorError) as e:
-        raise DriftError(f"drift.safetensors must be whole, but {type(e).__name__}; make the reference again") from None
-    stated = tuple(told["classes"]), tuple(told["names"]), told["window"], told["alpha"]
+        raise DriftError(f"{name}.safetensors must be whole, but {type(e).__name__}; make it again") from None
+    stated = tuple(told["classes"]), tuple(told["names"]), told["window"], told["alpha"], told.get("network", "")
     if told.get("format") != 1 or _identity(*stated, arrays) != told["identity"]:
         raise DriftError("A reference must be as it was saved, this one was changed; make it again")
     return Reference(*stated, arrays, told["identity"])
@@ -298,7 +305,7 @@ class DriftMonitor:
                               sa.Column(n, sa.Integer, primary_key=True, autoincrement=False)]
         self._rows = store.table("drift_rows", *first("n"), sa.Column("row", sa.Text))
         self._windows = store.table("drift_windows", *first("number"), sa.Column("time", sa.Double),
-                                    sa.Column("found", sa.Text), frozen=True)
+                                    sa.Column("alerts", sa.Integer), sa.Column("found", sa.Text), frozen=True)
 
 # %% ../../nbs/55d_deploy.drift.ipynb #7bccfa55
 @patch
@@ -331,9 +338,11 @@ def _close(self:DriftMonitor, c):
     found = dict(p=judge_window(self.reference, np.array(z), np.array(picked), [bool(b) for b in broken]))
     found["facts"] = {n: k for n in self.reference.names if (k := sum(n in b for b in broken))}
     number = c.execute(sa.select(sa.func.count()).select_from(w).filter_by(**self._who)).scalar()
-    c.execute(w.insert().values(self._who | dict(number=number, time=self.store.now(c), found=json.dumps(found))))
+    alerts = self._alerts(number, found)
+    c.execute(w.insert().values(self._who | dict(number=number, time=self.store.now(c), alerts=len(alerts),
+                                                 found=json.dumps(found))))
     c.execute(t.delete().filter_by(**self._who))
-    return self._alerts(number, found)
+    return alerts
 
 # %% ../../nbs/55d_deploy.drift.ipynb #59b562a9
 @patch
@@ -344,36 +353,72 @@ def _alerts(self:DriftMonitor, number, found):
 
 
 @patch
-def windows(self:DriftMonitor)->list[dict]: # number, time, p by kind, facts broken
-    "All judged windows"
+def windows(self:DriftMonitor,
+    last:int|None=None, # how many of the newest; all when None
+)->list[dict]: # number, time, p by kind, facts broken; the oldest first
+    "Judged windows"
     t = self._windows
-    with self.store.read() as c: rows = c.execute(sql().select(t).filter_by(**self._who).order_by(t.c.number)).all()
-    return [dict(number=r.number, time=r.time) | json.loads(r.found) for r in rows]
+    newest = sql().select(t).filter_by(**self._who).order_by(t.c.number.desc()).limit(last)
+    with self.store.read() as c: rows = c.execute(newest).all()
+    return [dict(number=r.number, time=r.time) | json.loads(r.found) for r in rows[::-1]]
 
 
 @patch
-def status(self:DriftMonitor)->dict[str,Any]: # for metrics: windows, waiting, alerts, last p-values
+def status(self:DriftMonitor)->dict[str,Any]: # windows, waiting, alerts, and of the last window p-values and alerts
     "Where the monitor stands"
-    seen, t = self.windows(), self._rows
+    sa, t, w, seen = sql(), self._rows, self._windows, self.windows(1)
     with self.store.read() as c:
-        waiting = c.execute(sql().select(sql().func.count()).select_from(t).filter_by(**self._who)).scalar()
-    alerts = sum(len(self._alerts(w["number"], w)) for w in seen)
-    return dict(model=self.model, windows=len(seen), waiting=waiting, last=seen[-1]["p"] if seen else {},
-                alerts=alerts, quiet_requests=self.reference.quiet_requests)
+        waiting = c.execute(sa.select(sa.func.count()).select_from(t).filter_by(**self._who)).scalar()
+        count, alerts = c.execute(sa.select(sa.func.count(), sa.func.sum(w.c.alerts)).filter_by(**self._who)).one()
+    found = self._alerts(seen[-1]["number"], seen[-1]) if seen else []
+    return dict(model=self.model, windows=count, waiting=waiting, window=self.reference.window, alerts=int(alerts or 0),
+                last=seen[-1]["p"] if seen else {}, alerting=[a.kind for a in found], said=[str(a) for a in found],
+                quiet_requests=self.reference.quiet_requests)
 
 # %% ../../nbs/55d_deploy.drift.ipynb #6d0839bc
 def reference_of(
     package:Any, # a `Package` (50)
-    paths:Sequence[str|Path], # pictures the network was not fitted to, such as the validation side
+    paths:Sequence[str|Path|tuple], # pictures the network was not fitted to, such as the validation side; see `images`
     *,
     groups:Sequence|None=None, # patient of each picture; independent when None
     runtime:str="fp32", # network that answers
-    **how, # window, alpha and seed of `make_reference`
+    window:int|None=None, # rows that are judged together; as many as fit when None
+    **how, # alpha and seed of `make_reference`
 )->Reference: # with `describe` as the embedding
     "The reference of a model folder"
-    grey = [read_pixels(Path(p)).grey for p in paths]
+    from phoenix.deploy.package import RUNTIMES
+    grey = [read_pixels(Path(p[len(p)//2] if isinstance(p, tuple) else p)).grey for p in paths]
     return make_reference([describe(x) for x in grey], package.probs(paths, runtime), [input_facts(x) for x in grey],
-                          classes=package.classes, groups=groups, **how)
+                          classes=package.classes, groups=groups, window=window or min(64, max(8, len(grey)//6)),
+                          network=package.hashes[RUNTIMES[runtime]], **how)
+
+# %% ../../nbs/55d_deploy.drift.ipynb #da84f556
+def keep_reference(
+    package:Any, # a `Package`, the model folder that is added to
+    reference:Reference, # of one of its networks
+)->Any: # verified again
+    "Put a reference into a model folder"
+    from phoenix.deploy.package import RUNTIMES, _list_hashes, load_package
+    mine = [r for r, n in RUNTIMES.items() if package.hashes.get(n) == reference.network]
+    if not mine or list(reference.classes) != package.classes:
+        raise DriftError("A reference must be of a network of this package, it is of another; make it again")
+    save_reference(reference, package.path, f"drift.{mine[0]}")
+    _list_hashes(package.path)
+    return load_package(package.path)
+
+
+def find_reference(
+    package:Any, # a `Package`
+    runtime:str="fp32", # network that answers
+)->Reference|None: # None where none was made
+    "The reference of a network, or None; one of another network is refused"
+    from phoenix.deploy.package import RUNTIMES
+    if f"drift.{runtime}.json" not in package.hashes: return None
+    found = load_reference(package.path, f"drift.{runtime}")
+    if found.network != package.hashes.get(RUNTIMES[runtime]) or list(found.classes) != package.classes:
+        raise DriftError(f"The reference must be of the {runtime} network in the folder, it is of another; calibrate "
+                         "again")
+    return found
 
 # %% ../../nbs/55d_deploy.drift.ipynb #2164947a
 def plot_drift(

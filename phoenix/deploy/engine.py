@@ -138,20 +138,41 @@ def decode_upload(
     limits:UploadLimits, # counts and sizes
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each
     "An upload as the network's 8-bit input, by the training's own preprocessing"
+    return _stacked(greys_of(data, limits, slices=want["slices"], pictures=want["pictures"]), want)
+
+
+def _stacked(made, want):
+    "Greys as the network's 8-bit input, and what is known about each"
     from phoenix.data.preprocess import Preprocess
     preprocess = Preprocess.from_spec(want["preprocess"])
-    made = greys_of(data, limits, slices=want["slices"], pictures=want["pictures"])
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
+
+# %% ../../nbs/56a_deploy.engine.ipynb #d6aafc40
+def _watched(shapes, data):
+    "What the drift monitor sees of greys: their description and facts"
+    from phoenix.deploy.drift import describe, input_facts
+    at, seen = 0, []
+    for h, w, size in shapes:
+        grey = np.frombuffer(data, f"u{size}", h*w, at).reshape(h, w)
+        seen.append([describe(grey).tolist(), input_facts(grey).tolist()])
+        at += grey.nbytes
+    return {"seen": seen}, b""
 
 # %% ../../nbs/56a_deploy.engine.ipynb #2603cade
 def _decoded(item, data, limits):
     "One upload decoded, or the text of its refusal"
     allow_cpu(limits.cpu_s)
-    try: stack, about = decode_upload(data, item, limits)
+    try:
+        if "watch" in item: return _watched(item["watch"], data)
+        made = greys_of(data, limits, slices=item["slices"], pictures=item["pictures"])
+        stack, about = _stacked(made, item)
     except MemoryError: return {"error": "a picture must decode within the memory allowed, this one does not: send a "
                                          "smaller one", "kind": "too_large"}, b""
     except PhoenixError as e: return {"error": str(e), "kind": getattr(e, "kind", "refused")}, b""
-    return {"shape": stack.shape, "about": about}, stack.tobytes()
+    raw = [g[len(g)//2] for g, _ in made] if item.get("greys") else []
+    if sum(g.nbytes for g in raw) > 2**25: raw = []
+    return {"shape": stack.shape, "about": about, "greys": [[*g.shape, g.itemsize] for g in raw]}, b"".join(
+        [stack.tobytes(), *(g.tobytes() for g in raw)])
 
 # %% ../../nbs/56a_deploy.engine.ipynb #a745f5ac
 def _example_dicom(grey):
@@ -197,6 +218,7 @@ def _warm_up():
     cv2.setNumThreads(1)
     want = {"preprocess": Preprocess(size=(32, 32)).spec(), "slices": 1, "pictures": 1}
     for data in _examples(): decode_upload(data, want, UploadLimits())
+    _watched([[64, 64, 1]], bytes(64*64))
 
 
 def make_decoder(
@@ -333,6 +355,15 @@ def explain_picture(
     return {"map": name, "target": target, "stamp": check.stamp, "tests": rows}, _overlay(grey, heat, check.stamp)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #c1e02e69
+def _network(package):
+    "The network of a package, or the sentence why there is none; changed weights are refused in the package's words"
+    package.weights()
+    try: return package.model()
+    except (PhoenixError, RuntimeError, TypeError, ValueError):
+        raise UploadError("an explanation needs weights that this phoenix can load, this model has only its exported "
+                          "network: train and package it again", "weights") from None
+
+
 def make_explainer(
     setup:dict, # threads
 )->Any: # the function for a batch
@@ -344,10 +375,7 @@ def make_explainer(
     nets = {}
     def one(key, item, part):
         try:
-            try: nets[key] = nets.get(key) or load_package(key.partition(":")[2]).model()
-            except RuntimeError:
-                raise UploadError("an explanation needs weights that this phoenix can load, this model's don't fit: "
-                                  "train and package it again", "weights") from None
+            nets[key] = nets.get(key) or _network(load_package(key.partition(":")[2]))
             if item["map"] not in (can := map_names(nets[key])):
                 raise UploadError(f"a map must be one of {', '.join(can)} here, got {item['map']!r}: correct it")
             stack = np.frombuffer(part, np.uint8).reshape(1, *item["shape"])
@@ -438,18 +466,28 @@ def decode(self:Engine,
     data:bytes, # an upload
     *,
     pictures:int=9, # most slices of a volume
+    greys:bool=False, # give the raw greys too, for `watch`
     within_s:float=30., # after which nobody waits
 )->Future: # of a head with shape and facts, and the bytes of `(N,slices,h,w)` uint8
     "Hand an upload to a decoder"
-    return self.decoders.submit("", served.want(pictures), data, within_s)
+    return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
 
+# %% ../../nbs/56a_deploy.engine.ipynb #71a2b08d
+@patch
+def watch(self:Engine,
+    answer:tuple, # what a decoder's future became, with greys
+)->Future: # of a head with `seen`: description and facts of each picture
+    "Let a decoder look at greys for the drift monitor"
+    head, raw = answer
+    return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
 
+# %% ../../nbs/56a_deploy.engine.ipynb #bed3d3ef
 def stack_of(
     answer:tuple, # what a decoder's future became
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each
     "The pictures in a decoder's answer"
     head, raw = answer
-    return np.frombuffer(raw, np.uint8).reshape(head["shape"]), head["about"]
+    return np.frombuffer(raw, np.uint8, int(np.prod(head["shape"]))).reshape(head["shape"]), head["about"]
 
 
 @patch

@@ -292,12 +292,20 @@ class Usage:
         seconds:float=0., # of the model's processor time
     )->None: # nothing
         "Count something used today"
-        t, more = self._usage, dict(requests=requests, images=images, seconds=seconds)
         with self.store.write(f"usage {tenant}") as c:
-            key = dict(tenant=tenant, key_id=key_id, day=period_of(self.store.now(c), "day")[0])
-            grown = {k: t.c[k] + v for k, v in more.items()}
-            there = c.execute(t.update().filter_by(**key).values(grown)).rowcount
-            if not there: c.execute(t.insert().values(key | more))
+            self.add_within(c, tenant, key_id, requests=requests, images=images, seconds=seconds)
+
+    def add_within(self,
+        c:object, # a connection that writes the topic `usage TENANT`
+        tenant:str, # whose
+        key_id:str, # public name of the key
+        **more:float, # requests, images and seconds
+    )->None: # nothing
+        "Count it together with what else the transaction changes"
+        t, more = self._usage, dict(requests=0, images=0, seconds=0.) | more
+        key = dict(tenant=tenant, key_id=key_id, day=period_of(self.store.now(c), "day")[0])
+        there = c.execute(t.update().filter_by(**key).values({k: t.c[k] + v for k, v in more.items()})).rowcount
+        if not there: c.execute(t.insert().values(key | more))
 
     def rows(self,
         tenant:str="", # whose; all when ''

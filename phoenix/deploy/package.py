@@ -36,7 +36,7 @@ class PackageError(PhoenixError):
 
 
 FILES = ("model.json", "model.safetensors", "model.onnx", "model.int8.onnx", "parity.json", "card.md")
-EXTRAS = ("decision.json",) # what other modules may add to a folder
+EXTRAS = ("decision.json", *(f"drift.{r}.{e}" for r in ("fp32", "int8") for e in ("json", "safetensors"))) # of others
 RUNTIMES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 
 

@@ -28,8 +28,8 @@ border-radius:.4rem;padding:.5rem}input[type=file]{display:block;width:100%;marg
 button{background:var(--go);color:var(--paper);border:0;font-weight:600;
 padding:.7rem 1.2rem;justify-self:start;min-height:2.75rem}
 button:disabled{opacity:.6}:focus-visible{outline:3px solid var(--go);outline-offset:2px}
-input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.5rem;
-vertical-align:middle}table{border-collapse:collapse;width:100%}
+.check{display:flex;gap:.6rem;align-items:start}
+input[type=checkbox]{width:1.3rem;height:1.3rem;margin:.1rem 0 0;flex:none}table{border-collapse:collapse;width:100%}
 caption{text-align:left}th{width:35%}th,td{text-align:left;padding:.25rem .5rem .25rem 0}
 td.n{text-align:right;font-variant-numeric:tabular-nums;width:4rem}meter{width:100%;height:1rem}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(16rem,1fr));gap:1rem}
@@ -57,22 +57,24 @@ function show(a,n){const many=n>1?' of picture '+(a.index+1)+(a.slice!=null?' (s
   textContent:verdict(a)}),
   a.reason?el('p',{textContent:'Reason: '+a.reason}):'',bars(a.probs),facts([['Set of classes',set],
   ['Uncertainty',a.uncertainty==null?'':a.uncertainty.toFixed(2)+' of 1'],['Unlike known pictures',known]]))}
-function stamp(r){const b=el('section',{},el('h2',{textContent:'Explanation'}));
+function stamp(r){const b=el('section',{},el('h2',{textContent:'Explanation: '+r.map+' for '+r.target}));
   b.append(el('p',{className:r.stamp?'bad':'',textContent:r.stamp?'Do not trust this map. '+r.stamp.replace(/\\n/g,' '):
   'The map passed its '+r.tests.length+' tests on this picture.'}),el('img',{src:'data:image/png;base64,'+r.png,
   alt:'The picture under a heat map of '+r.map+' for '+r.target
   +(r.stamp?'; stamped '+r.stamp.replace(/\\n/g,' '):'')}));
   b.append(facts(r.tests.map(t=>[t.test,
-  (t.passed?'passed':'failed')+(t.value==null?'':' ('+t.value.toFixed(2)+')')])));return b}
+  (t.passed?'passed':'failed')+(t.value==null?'':' ('+Number(t.value.toPrecision(2))+')')])));return b}
 """
 
 # %% ../../nbs/56c_deploy.page.ipynb #47a6ee36
 _SEND = """
-async function send(file){const why=$('explain').checked,t0=performance.now();
-  const r=await fetch(why?'v1/explain':'v1/predict',{method:'POST',body:file,
-  headers:{'Content-Type':'application/octet-stream',
-  Authorization:'Bearer '+$('key').value.trim()}});
+async function ask(route,file){const r=await fetch('v1/'+route,{method:'POST',body:file,
+  headers:{'Content-Type':'application/octet-stream',Authorization:'Bearer '+$('key').value.trim()}});
   let j;try{j=await r.json()}catch(e){j={error:{message:'The server gave no answer that can be read.'}}}
+  return [r,j]}
+async function send(file){const t0=performance.now();let none='';
+  let [r,j]=await ask($('explain').checked?'explain':'predict',file);
+  if(j.error&&j.error.kind==='weights'){none='No map: '+j.error.message+'.';[r,j]=await ask('predict',file)}
   const ms=performance.now()-t0;out.replaceChildren();
   if(!r.ok){const m=(j.error&&j.error.message)||r.statusText,w=r.headers.get('Retry-After');
     out.append(el('p',{className:'bad',textContent:'Refused ('+r.status+'): '+m+(w?' Try again in '+w+' s.':'')}));
@@ -80,12 +82,14 @@ async function send(file){const why=$('explain').checked,t0=performance.now();
   const answers=j.answers||[j.answer],two=el('div',{className:'two'});
   two.append(el('div',{},...answers.map(a=>show(a,answers.length))));
   if(j.png)two.append(stamp(j));
+  if(none)two.append(el('section',{},el('h2',{textContent:'Explanation'}),el('p',{className:'bad',textContent:none})));
   out.append(two,el('h2',{textContent:'About this answer'}),facts([
-    ['Time',ms.toFixed(0)+' ms'],['Model',j.model.version+', '+j.model.runtime],
+    ['Time',ms<1e4?ms.toFixed(0)+' ms':(ms/1e3).toFixed(0)+' s'],['Model',j.model.version+', '+j.model.runtime],
     ['Trained on made images',j.model.synthetic?'yes: says nothing about people':''],
     ['Trained on a leaking split',j.model.published?'yes: its scores are too good':''],['Trace',j.trace_id]]),
     el('p',{className:'notice',textContent:j.notice}));
-  say('Answer: '+answers.map(verdict).join('; '));out.focus()}
+  say('Answer: '+answers.map(verdict).join('; ')+(none?'. No map.':
+    j.png?(j.stamp?'. Do not trust the map.':'. The map passed its tests.'):''));out.focus()}
 const file=$('file'),drop=$('drop'),go=$('go');
 ['dragover','dragenter'].forEach(e=>drop.addEventListener(e,v=>{v.preventDefault();drop.classList.add('over')}));
 ['dragleave','drop'].forEach(e=>drop.addEventListener(e,v=>{v.preventDefault();drop.classList.remove('over')}));
@@ -106,7 +110,7 @@ _BODY = """<body><main><h1>phoenix</h1>
 <input id="file" type="file" aria-describedby="hint" accept=".png,.jpg,.jpeg,.tif,.tiff,.bmp,.nii,.gz,.dcm,.zip"></div>
 <div><label for="key">API key</label><br>
 <input id="key" type="password" autocomplete="off" spellcheck="false" required></div>
-<div><input id="explain" type="checkbox">
+<div class="check"><input id="explain" type="checkbox">
 <label for="explain">Show why, and test the map (takes seconds)</label></div>
 <button id="go">Classify</button></form>
 <p id="live" role="status" aria-live="polite"></p>

@@ -37,7 +37,8 @@ ACCESS = {("GET", "/"): Access(None), ("GET", "/healthz"): Access(None), ("GET",
     ("POST", "/v1/batch"): Access("predict", True, PICTURES), ("GET", "/v1/batch/{id}"): Access("read"),
     ("DELETE", "/v1/batch/{id}"): Access("predict"), ("GET", "/v1/models"): Access("read"),
     ("POST", "/v1/models/promote"): Access("admin"), ("POST", "/v1/models/rollback"): Access("admin"),
-    ("POST", "/v1/truth"): Access("predict"), ("GET", "/v1/usage"): Access("read")}
+    ("POST", "/v1/truth"): Access("predict"), ("GET", "/v1/usage"): Access("read"),
+    ("GET", "/v1/drift"): Access("read")}
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2c118cd6
 async def uploads(
@@ -185,14 +186,13 @@ def _add_batches(app, service):
     Slices = Annotated[int, Query(ge=1, le=service.options.engine.limits.pictures)]
     @app.post("/v1/batch", status_code=202, openapi_extra=_takes_pictures(), summary="Accept many files at once")
     async def add(request:Request, slices:Slices=9)->dict:
-        return service.add_batch(await uploads(request), request.state.asked, slices).told()
+        return await service.add_batch(await uploads(request), request.state.asked, slices)
     @app.get("/v1/batch/{id}", summary="Progress and results of a batch")
-    async def see(id:str, request:Request)->dict: return service.batch(id, request.state.asked.who).told()
+    async def see(id:str, request:Request)->dict:
+        return await service.thread(service.batches.see, id, request.state.asked.who.tenant)
     @app.delete("/v1/batch/{id}", summary="Cancel a batch; what is answered stays until it expires")
     async def cancel(id:str, request:Request)->dict:
-        job = service.batch(id, request.state.asked.who)
-        if job.state in ("queued", "running"): job.state = "cancelled"
-        return job.told()
+        return await service.thread(service.batches.cancel, id, request.state.asked.who.tenant)
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2f9f0862
 def _state(state):
@@ -210,7 +210,8 @@ def _add_models(app, service):
     @app.get("/v1/models", summary="The versions that serve")
     async def models()->dict:
         from phoenix.deploy.service import model_of
-        open_now = [model_of(s) | {"classes": s.classes, "threshold": s.threshold} for s in service.served.values()]
+        open_now = [model_of(s) | {"classes": s.classes, "threshold": s.threshold, "drift": service.drift[s.name]}
+                    for s in service.served.values()]
         return _state(service.state) | {"open": open_now} if service.state else {"model": name, "open": []}
     @app.post("/v1/models/promote", summary="Give a version an alias; the server follows without a restart")
     async def promote(request:Request, number:Annotated[int, Query(ge=1, le=2**31)], why:Text, alias:str="champion",
@@ -241,6 +242,11 @@ def _add_facts(app, service):
     async def usage(request:Request)->list[dict]:
         await service.thread(service._flush)
         return await service.thread(service.usage.rows, request.state.asked.who.tenant)
+    @app.get("/v1/drift", summary="Whether requests still look like the reference, by version, with the last windows")
+    async def drift(windows:Annotated[int, Query(ge=0, le=1000)]=50)->dict:
+        monitors = {s.name: service.monitors.get(s.name) for s in service.served.values()}
+        seen = {n: await service.thread(m.windows, windows) if m else [] for n, m in monitors.items()}
+        return {n: service.drift[n] | {"judged": w} for n, w in seen.items()}
     @app.get("/healthz", summary="The process answers")
     async def healthz()->dict: return {"ok": True}
     @app.get("/readyz", summary="Requests are answered, and the model gives its golden answer")
@@ -254,7 +260,7 @@ def _add_facts(app, service):
 
 # %% ../../nbs/56e_deploy.serve.ipynb #ede7a627
 _STATUS = {"full": 429, "late": 504, "closed": 503, "model": 503, "start": 503, "too_large": 413, "unsupported": 415,
-           "not_an_image": 415}
+           "not_an_image": 415, "absent": 404}
 
 
 def _say(request, e):
