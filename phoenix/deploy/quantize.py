@@ -1,4 +1,4 @@
-"""A float network becomes an 8-bit one, and a certificate says what that cost.
+"""A float network becomes an 8-bit one, from ranges that are found in a stream of images.
 
 Docs: https://phoenix-mri.github.io/phoenix/deploy.quantize.html.md"""
 
@@ -7,8 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.quantize.html.md"""
 # %% auto #0
 __all__ = ['EIGHT_BIT', 'SHARES', 'METHODS', 'Chunks', 'check_calibration', 'float_nodes', 'eight_bit_nodes', 'stream_tensors',
            'count_values', 'percentile_range', 'squared_error', 'lost_information', 'find_ranges', 'quantize_int8',
-           'quantised_nodes', 'tensor_ranges', 'run_logits', 'partly_float', 'round_late', 'weight_errors',
-           'certify_int8']
+           'quantised_nodes', 'tensor_ranges', 'run_logits', 'partly_float', 'round_late', 'weight_errors']
 
 # %% ../../nbs/52_deploy.quantize.ipynb #51f37dfa
 import logging
@@ -25,7 +24,6 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from .export import make_session, sampling_nodes
-from ..evaluate.statistics import paired_difference
 from ..records import sha256_bytes, write_bytes
 from ..settings import PhoenixError, did_you_mean
 
@@ -437,35 +435,3 @@ def weight_errors(
         if scale.ndim: scale = scale.reshape([-1 if i==axis else 1 for i in range(w.ndim)])
         errors[name] = float(np.linalg.norm(w*scale-want)/max(np.linalg.norm(want), 1e-30))
     return errors
-
-# %% ../../nbs/52_deploy.quantize.ipynb #9a00ccb1
-def _softmax(z:np.ndarray)->np.ndarray:
-    "Probabilities of logits `(N,K)`"
-    e = np.exp(z.astype(np.float64) - z.max(1, keepdims=True))
-    return e/e.sum(1, keepdims=True)
-
-def certify_int8(
-    fp32:str|Path, # float file
-    int8:str|Path, # 8-bit file
-    images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1], images not used for calibration
-    targets:np.ndarray, # `(N,)` class indices
-    groups:Sequence|None=None, # `(N,)` patient or cluster of each image; each image its own if None
-    *,
-    max_drop:float=.01, # accuracy may fall by less than this
-    min_agreement:float=.95, # share of images that must keep their class
-)->dict: # agreement, accuracies, change with interval, mean |Δprob|, sizes, rule, ok
-    "Measure what 8 bits cost, and say whether that is acceptable"
-    a, b = _softmax(run_logits(fp32, images)), _softmax(run_logits(int8, images))
-    targets, names = np.asarray(targets), range(len(images)) if groups is None else groups
-    change = paired_difference(b, a, targets, names)
-    sizes = [Path(p).stat().st_size for p in (fp32, int8)]
-    same, gap = float((a.argmax(1)==b.argmax(1)).mean()), np.abs(a-b)
-    right = [float((p.argmax(1)==targets).mean()) for p in (a, b)]
-    return {'images':len(images), 'groups':change.n_groups, 'agreement':same,
-            'accuracy_fp32':right[0], 'accuracy_int8':right[1],
-            'accuracy_change':change.value, 'accuracy_change_low':change.low, 'accuracy_change_high':change.high,
-            'mean_abs_prob_change':float(gap.mean()), 'max_abs_prob_change':float(gap.max()),
-            'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0],
-            'rule':f'accuracy falls by less than {max_drop:g}, and {min_agreement:g} or more keep their class',
-            'limits':{'max_drop':max_drop, 'min_agreement':min_agreement},
-            'ok':bool(right[0]-right[1]<max_drop and same>=min_agreement and np.isfinite(b).all())}
