@@ -70,7 +70,8 @@ def round_weight(
 )->tuple[Tensor,Tensor|None]: # weight and bias, as the file will hold them
     "Weights of a node by channel, symmetric, and its bias"
     step = w.detach().flatten(1).abs().amax(1)/(2**(bits-1)-1)
-    step = torch.where(step<TINY, 1., step)
+    small = torch.ones_like(step) if bias is None else bias.detach().abs()/step_in*2.**-24
+    step = torch.where(step<TINY, torch.where(small<TINY, 1., small), step) # dead channels keep their bias
     if bias is not None: step = torch.maximum(step, 1.0001*bias.detach().abs()/(2**31-1)/step_in)
     zero = torch.zeros_like(step, dtype=torch.int32)
     steps = step.view(-1, *[1]*(w.ndim-1)) # divided by, as in the file; torch's own multiplies by the inverse
@@ -193,7 +194,7 @@ def _tap_product(w:Tensor, b:Tensor, lines:int)->tuple[Tensor,Tensor]:
     "Weights `(P*n,C,1,K)` and shifts `(P*n,)` as those of a product to `(P,K,n)`"
     C, K, n = w.shape[1], w.shape[3], len(w)//lines
     bias = F.pad(b.view(lines, 1, n), (0, 0, (K-1)//2, K//2)).flatten()
-    return w.reshape(lines, n, C, K).permute(0, 3, 1, 2).reshape(-1, C), bias
+    return w.reshape(lines, n, C, K).permute(0, 3, 1, 2).reshape(-1, C, 1, 1), bias
 
 # %% ../../nbs/52a_deploy.qat.ipynb #3bcd8e83
 def norm_parts(
@@ -218,7 +219,7 @@ def _unfolded(model:nn.Module, parts:dict)->nn.Module:
     for path,m in list(net.named_modules()):
         if not isinstance(m, (nn.Conv2d, nn.Linear)): continue
         source, (norm, part) = model.get_submodule(path), parts.get(path, ('', None))
-        lines = len(source.lines) if isinstance(m, nn.Linear) and isinstance(source, nn.Conv2d) else 0
+        lines = len(source.lines) if m.weight.shape!=source.weight.shape else 0 # taps, in the file one product
         frozen = FrozenNorm(model.get_submodule(norm), part) if norm else None
         net.set_submodule(path, AwareLayer(copy.deepcopy(source).requires_grad_(True), frozen, lines))
     for norm in {norm for norm,_ in parts.values()}:

@@ -23,7 +23,7 @@ from onnx import NodeProto, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from .export import make_session, sampling_nodes
+from .export import make_session, sampling_nodes, share_integers
 from ..records import sha256_bytes, write_bytes
 from ..settings import PhoenixError, did_you_mean
 
@@ -91,19 +91,28 @@ def _given_ranges(nodes:list[NodeProto], ranges:Mapping[str,tuple[float,float]])
                            "take them from the training of this network.")
     return {t:[dict(rmin=np.float32(low), rmax=np.float32(high))] for t,(low,high) in ranges.items()}
 
+# %% ../../nbs/52_deploy.quantize.ipynb #581a4743
+def _weight_steps(w, axis, bits, bias, step_in):
+    "Steps of a weight by channel, and whether some channels are dead"
+    top = np.abs(w).max(tuple(i for i in range(w.ndim) if i!=axis))/np.float32(2**(bits-1)-1)
+    dead, tiny = top<np.finfo(np.float32).tiny, np.finfo(np.float32).tiny
+    small = np.maximum(np.abs(bias)/np.float32(step_in)*np.float32(2**-24), tiny)
+    least = np.abs(bias)*1.0001/(2**31-1)/step_in # a 32-bit bias must fit
+    step = np.where(dead, np.where(bias==0, 1, small), np.maximum(top, least))
+    return step.astype(np.float32), bool(dead.any())
+
 # %% ../../nbs/52_deploy.quantize.ipynb #69a4f104
-def _coarse_weights(path:str|Path, nodes:list[NodeProto], bits:int)->dict:
-    "ONNX Runtime's overrides for weights of `bits` bits"
+def _own_steps(path:str|Path, nodes:list[NodeProto], bits:int, ranges:Mapping[str,tuple[float,float]])->dict:
+    "ONNX Runtime's overrides for weights of fewer than 8 bits, or with dead channels"
     if not 2<=bits<=8: raise PhoenixError(f"weight_bits must lie in 2…8, got {bits}: 8 is what a product ships with.")
-    if bits==8: return {}
-    data, found = {t.name:t for t in onnx.load(path).graph.initializer}, {}
+    data, found = {t.name:numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}, {}
     for n in nodes:
-        w = np.abs(numpy_helper.to_array(data[n.input[1]]))
+        w, (low, high) = data[n.input[1]], ranges[n.input[0]]
         turned = any(a.name=='transB' and a.i for a in n.attribute)
         axis = 0 if n.op_type=='Conv' or turned else w.ndim-1
-        top = w.max(tuple(i for i in range(w.ndim) if i!=axis))/np.float32(2**(bits-1)-1)
-        step = np.where(top<np.finfo(np.float32).tiny, np.float32(1), top)
-        found[n.input[1]] = [dict(axis=axis, scale=s, zero_point=np.int8(0)) for s in step]
+        bias = data[n.input[2]] if len(n.input)>2 else np.zeros(w.shape[axis], np.float32)
+        step, dead = _weight_steps(w, axis, bits, bias, ((max(high, 0)-min(low, 0)) or 255)/255)
+        if dead or bits<8: found[n.input[1]] = [dict(axis=axis, scale=s, zero_point=np.int8(0)) for s in step]
     return found
 
 # %% ../../nbs/52_deploy.quantize.ipynb #2dde4f8d
@@ -254,6 +263,45 @@ def _black(path)->Chunks:
     i = onnx.load(path).graph.input[0]
     return Chunks(np.zeros((1, *(d.dim_value for d in i.type.tensor_type.shape.dim[1:])), np.float32), i.name)
 
+# %% ../../nbs/52_deploy.quantize.ipynb #08e4a0b8
+def _prune(g):
+    "Drop what nothing reads"
+    ends, found = {o.name for o in g.output}, True
+    while found:
+        read = {i for n in g.node for i in n.input} | ends
+        found = [n for n in g.node if not any(o in read for o in n.output)]
+        for n in found: g.node.remove(n)
+    for t in [t for t in g.initializer if t.name not in read]: g.initializer.remove(t)
+
+# %% ../../nbs/52_deploy.quantize.ipynb #9c9868ca
+def _float_biases(g, whole):
+    "Convolutions read their biases in float"
+    made, put = {o:n for n in g.node for o in n.output}, set()
+    for n in g.node:
+        dq = made.get(n.input[2]) if n.op_type=='Conv' and len(n.input)>2 else None
+        name = '' if dq is None else dq.input[0].removesuffix('_quantized')
+        if name not in whole: continue
+        n.input[2] = f'{name}_float'
+        if name not in put: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), n.input[2]))
+        put.add(name)
+
+def _half_weights(g, nodes):
+    "Weights of float convolutions, from 1,024 numbers on, in half precision, widened at once"
+    read = {n.input[1] for n in g.node if n.op_type=='Conv' and n.name in nodes}
+    for t in [t for t in g.initializer if t.name in read and np.prod(t.dims)>=1024]:
+        name, half = t.name, f'{t.name}_half'
+        t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float16), half))
+        g.node.insert(0, onnx.helper.make_node('Cast', [half], [name], f'{name}/half', to=onnx.TensorProto.FLOAT))
+
+def _slim(model, fp32_path)->None:
+    "Leave out what a reader of the file derives by itself"
+    g = model.graph
+    _float_biases(g, {t.name:t for t in onnx.load(fp32_path).graph.initializer})
+    _half_weights(g, sampling_nodes(fp32_path))
+    g.ClearField('value_info')
+    _prune(g)
+    share_integers(g)
+
 # %% ../../nbs/52_deploy.quantize.ipynb #198f8a51
 def quantize_int8(
     fp32_path:str|Path, # file of `export_onnx`
@@ -269,7 +317,7 @@ def quantize_int8(
     _one_of(calibration, ranges)
     start, nodes, stay = time.perf_counter(), eight_bit_nodes(fp32_path, keep), [*float_nodes(fp32_path), *keep]
     used = find_ranges(fp32_path, calibration, method, keep=keep) if ranges is None else ranges
-    special = _coarse_weights(fp32_path, nodes, weight_bits) | _given_ranges(nodes, used)
+    special = _given_ranges(nodes, used) | _own_steps(fp32_path, nodes, weight_bits, used)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         out = Path(folder)/'int8.onnx'
         quantize_static(str(fp32_path), str(out), _black(fp32_path), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -278,6 +326,7 @@ def quantize_int8(
                         calibrate_method=CalibrationMethod.MinMax,
                         extra_options={'MatMulConstBOnly':True, 'TensorQuantOverrides':special})
         model = onnx.load(out)
+    _slim(model, fp32_path)
     onnx.checker.check_model(model)
     write_bytes(int8_path, model.SerializeToString(deterministic=True))
     return {**_done(fp32_path, int8_path, calibration, method if ranges is None else 'trained ranges'),
@@ -339,6 +388,12 @@ def _around(g):
         if n.op_type=='DequantizeLinear' and n.input[0] in made: pairs[made[n.input[0]].input[0]] = made[n.input[0]], n
     return made, pairs
 
+def _widen(g, whole):
+    "Weights in half precision as they were"
+    for n in [n for n in g.node if n.op_type=='Cast' and n.input[0].endswith('_half')]:
+        g.initializer.append(whole[n.output[0]])
+        g.node.remove(n)
+
 def _restore(n, made, data, whole, g):
     "Give a node its float weights back"
     for i in range(1, len(n.input)):
@@ -348,15 +403,6 @@ def _restore(n, made, data, whole, g):
         if own not in data: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), own))
         data.add(own)
         n.input[i] = own
-
-def _prune(g):
-    "Drop what nothing reads"
-    ends, found = {o.name for o in g.output}, True
-    while found:
-        read = {i for n in g.node for i in n.input} | ends
-        found = [n for n in g.node if not any(o in read for o in n.output)]
-        for n in found: g.node.remove(n)
-    for t in [t for t in g.initializer if t.name not in read]: g.initializer.remove(t)
 
 # %% ../../nbs/52_deploy.quantize.ipynb #3885c7e3
 def partly_float(
@@ -380,6 +426,7 @@ def partly_float(
         for i,t in enumerate(n.input):
             if t in raw and raw[t] not in still: n.input[i] = raw[t]
     _rename_ends(g, raw, still)
+    if not eight: _widen(g, whole)
     _prune(g)
     onnx.checker.check_model(model)
     write_bytes(out_path, model.SerializeToString(deterministic=True))
