@@ -824,9 +824,9 @@ def quantize(
         float_file, path = Path(model)/"model.onnx", Path(work)/"model.int8.onnx"
         done = quantize_int8(float_file, path, package.images(chosen), method=method)
         held_out = package.images(_files(package, folder, test))
-        parity = certify(float_file, path, held_out, _targets(package, test), test.group.to_numpy(), classes=package.classes,
-                         model=package.model(), runs=runs, engines=["onnxruntime", *([engine] if engine else [])],
-                         method=done["method"])
+        parity = certify(float_file, path, held_out, _targets(package, test), test.group.to_numpy(), runs=runs,
+                         classes=package.classes, model=package.model(), method=done["method"],
+                         engines=["onnxruntime", *([engine] if engine else [])])
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     if parity["ok"]: _certify_engine(model, held_out[:64], "int8", engine)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))

@@ -73,7 +73,8 @@ def speed_gain(
 )->dict: # fp32_ms, int8_ms and their engines, times: how often faster
     "How much faster 8 bits are than the network's own float file, turn by turn"
     pairs = {f'{k} {e}':(f, e) for k,f in (('fp32', fp32), ('int8', int8)) for e in engines}
-    ms = latencies({k:f for k,(f,_) in pairs.items()}, image, runs=runs, warmup=10, engines={k:e for k,(_,e) in pairs.items()})
+    files, runners = ({k:o[i] for k,o in pairs.items()} for i in (0, 1))
+    ms = latencies(files, image, runs=runs, warmup=10, engines=runners)
     best = {k:min((float(ms[f'{k} {e}']), e) for e in engines) for k in ('fp32', 'int8')}
     return {'fp32_ms':best['fp32'][0], 'int8_ms':best['int8'][0], 'fp32_engine':best['fp32'][1],
             'int8_engine':best['int8'][1], 'times':best['fp32'][0]/best['int8'][0], 'runs':runs}
@@ -138,9 +139,9 @@ def certify(
 
 def _rule(L):
     "The limits in words"
-    return (f"accuracy falls by less than {L['max_drop']:g} and its interval ends above {-L['max_low']:g}, {L['min_agreement']:g} "
-            f"or more keep their class, no class or source loses more than {L['max_slice']:g}, and 8 bits are "
-            f"{L['min_speed']:g} times as fast where that is measured")
+    return (f"accuracy falls by less than {L['max_drop']:g} and its interval ends above {-L['max_low']:g}, "
+            f"{L['min_agreement']:g} or more keep their class, no class or source loses more than "
+            f"{L['max_slice']:g}, and 8 bits are {L['min_speed']:g} times as fast where that is measured")
 
 # %% ../../nbs/52e_deploy.certificate.ipynb #f3fb34ad
 def check(
@@ -203,7 +204,7 @@ def package_aware(
         parity = check_parity(model, fp32, images[:64])
         if not parity.ok: raise PhoenixError(f"the ONNX file must equal the network, but differs: {parity.to_dict()}")
         add_runtime(into, 'fp32', fp32, parity)
-        certificate = certify(Path(into)/'model.onnx', int8, images, targets, groups, classes=package.classes, model=model,
-                              runs=runs, method=done['method'])
+        certificate = certify(Path(into)/'model.onnx', int8, images, targets, groups, classes=package.classes,
+                              model=model, runs=runs, method=done['method'])
         if certificate['ok']: add_runtime(into, 'int8', int8, certificate)
     return certificate

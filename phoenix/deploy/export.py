@@ -55,7 +55,9 @@ def share_integers(
     whole = {t.name:t for t in g.initializer if t.data_type!=onnx.TensorProto.FLOAT}
     for t in whole.values():
         v = numpy_helper.to_array(t)
-        if v.dtype==np.int64 and readers[t.name]=={('Gather', 1)}: t.CopyFrom(numpy_helper.from_array(v.astype(np.int32), t.name))
+        if v.dtype==np.int64 and readers[t.name]=={('Gather', 1)}:
+            v = v.astype(np.int32)
+            t.CopyFrom(numpy_helper.from_array(v, t.name))
         key = t.data_type, tuple(t.dims), v.tobytes()
         if v.nbytes<=64 or known.setdefault(key, t.name)==t.name: continue
         same[t.name] = known[key]

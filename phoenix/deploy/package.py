@@ -310,7 +310,8 @@ def verdict(
     c, L = certificate, certificate["limits"]
     if absent := [k for k in _FIGURES if k not in c] + [k for k in LIMITS if k not in L]:
         return [f"must be stated and is not: {', '.join(absent)}"]
-    found = [(c["accuracy_fp32"] - c["accuracy_int8"] < L["max_drop"], f"accuracy falls by less than {L['max_drop']:g}"),
+    drop = c["accuracy_fp32"] - c["accuracy_int8"]
+    found = [(drop < L["max_drop"], f"accuracy falls by less than {L['max_drop']:g}"),
              (c["accuracy_change_low"] > -L["max_low"], f"the interval of that change ends above {-L['max_low']:g}"),
              (c["agreement"] >= L["min_agreement"], f"{L['min_agreement']:g} or more keep their class"),
              (c["worst_class_change"] >= -L["max_slice"], f"no class loses more than {L['max_slice']:g}"),

@@ -282,8 +282,9 @@ def _float_biases(g, whole):
         name = '' if dq is None else dq.input[0].removesuffix('_quantized')
         if name not in whole: continue
         n.input[2] = f'{name}_float'
-        if name not in put: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), n.input[2]))
+        if name in put: continue
         put.add(name)
+        g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), n.input[2]))
 
 def _half_weights(g, nodes):
     "Weights of float convolutions, from 1,024 numbers on, in half precision, widened at once"

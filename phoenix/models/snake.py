@@ -193,7 +193,7 @@ def _stretch(m:int, M:int, reach:int)->int:
 
 # %% ../../nbs/20_models.snake.ipynb #9bdedb56
 def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:int, own:tuple[int,int])->tuple:
-    "For a line along the first axis of `size`: table rows as a sum `(l,1,K,1) + (1,windows,1,length)`, starts, outputs in each"
+    "For a line along the first axis of `size`: table rows `(l,1,K,1) + (1,windows,1,length)`, starts, outputs"
     ((L, M), (l, m), (step_l, step_m)), s = (size, out, own), _stretch(out[1], size[1], reach)
     starts, length = np.arange(m//s)*s*stride - reach, (s-1)*stride + 1 + 2*reach
     if s==m or length>=M: starts, length = np.zeros(m//s, int), M
@@ -203,8 +203,9 @@ def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:i
     return [o.astype(np.int32) for o in parts], starts.astype(np.float32), s
 
 # %% ../../nbs/20_models.snake.ipynb #b98dd673
-def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], first:int, geo:_Geometry)->Tensor:
-    "One line along the first axis of `size`, its rows of `(B,R,n)` from `first` on, and offsets `(B,l,m,K)` to `(B,l,m,n)`"
+def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], first:int,
+                 geo:_Geometry)->Tensor:
+    "One line along the first axis of `size`, from table rows `(B,R,n)` and offsets `(B,l,m,K)` to `(B,l,m,n)`"
     (_, l, m, K), M, n = offsets.shape, size[1], table.shape[2]
     parts, starts, s = _windows(size, (l,m), K, geo.stride, geo.reach, own)
     length = parts[1].shape[-1]
