@@ -874,11 +874,13 @@ def quantize(
     images:int=128, # training images that calibrate
     method:str="minmax", # of the ranges: 'minmax', 'percentile', 'entropy' or 'mse'
     seed:int=42, # which of them
+    runs:int=100, # timed runs of each file; 0 accepts 8 bits whatever their speed
     engine:str="", # a second engine to certify as well, 'openvino'
-)->Reply: # agreement, accuracy change with its interval, sizes; code 1 when the certificate is not ok
+)->Reply: # the certificate: changes with intervals, worst class, attack, speed; code 1 when it is not ok
     "Write model.int8.onnx, calibrated on training images, and its parity certificate"
+    from phoenix.deploy.certificate import certify
     from phoenix.deploy.package import add_runtime, load_package
-    from phoenix.deploy.quantize import certify_int8, quantize_int8
+    from phoenix.deploy.quantize import quantize_int8
     from phoenix.keys import permutation
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
@@ -889,9 +891,11 @@ def quantize(
     chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
     with tempfile.TemporaryDirectory() as work:
         float_file, path = Path(model)/"model.onnx", Path(work)/"model.int8.onnx"
-        quantize_int8(float_file, path, package.images(chosen), method=method)
+        done = quantize_int8(float_file, path, package.images(chosen), method=method)
         held_out = package.images(_files(package, folder, test))
-        parity = certify_int8(float_file, path, held_out, _targets(package, test), test.group.to_numpy())
+        parity = certify(float_file, path, held_out, _targets(package, test), test.group.to_numpy(), runs=runs,
+                         classes=package.classes, model=package.model(), method=done["method"],
+                         engines=["onnxruntime", *([engine] if engine else [])])
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     if parity["ok"]: _certify_engine(model, held_out[:64], "int8", engine)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
@@ -950,8 +954,8 @@ def qat(
     seed:int=42, # which of them, and the order of training
 )->Reply: # agreement, accuracy change with its interval, sizes; code 1 when the certificate is not ok
     "Train on with the roundings of INT8 inside, into a model folder with both files"
+    from phoenix.deploy.certificate import package_aware
     from phoenix.deploy.package import load_package, need_one_class
-    from phoenix.deploy.qat import package_aware
     package = need_one_class(load_package(model), "Training with roundings")
     if into.exists() and any(into.iterdir()):
         raise PhoenixError(f"The model must go to a folder of its own, but {into.name!r} has content; choose another")

@@ -6,7 +6,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.qat.html.md"""
 
 # %% auto #0
 __all__ = ['TINY', 'Range', 'round_weight', 'FrozenNorm', 'AloneNorm', 'Rounded', 'Place', 'quantised_places', 'AwareLayer',
-           'norm_parts', 'AwareNetwork', 'HoldRanges', 'train_aware', 'export_aware', 'package_aware']
+           'norm_parts', 'AwareNetwork', 'HoldRanges', 'train_aware', 'export_aware']
 
 # %% ../../nbs/52a_deploy.qat.ipynb #92d6afc6
 import copy
@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .export import Norms, bare_norm, check_parity, export_onnx, followed_norms, scale_and_shift
-from .package import Package, add_runtime, save_package
-from .quantize import certify_int8, eight_bit_nodes, quantize_int8, tensor_ranges
+from .export import Norms, bare_norm, export_onnx, followed_norms, scale_and_shift
+from .quantize import eight_bit_nodes, quantize_int8, tensor_ranges
 from ..models.neurosnake import StraightConv, prepare_export
 from ..models.snake import DynamicSnakeConv
 from ..settings import PhoenixError
@@ -71,7 +70,8 @@ def round_weight(
 )->tuple[Tensor,Tensor|None]: # weight and bias, as the file will hold them
     "Weights of a node by channel, symmetric, and its bias"
     step = w.detach().flatten(1).abs().amax(1)/(2**(bits-1)-1)
-    step = torch.where(step<TINY, 1., step)
+    small = torch.ones_like(step) if bias is None else bias.detach().abs()/step_in*2.**-24
+    step = torch.where(step<TINY, torch.where(small<TINY, 1., small), step) # dead channels keep their bias
     if bias is not None: step = torch.maximum(step, 1.0001*bias.detach().abs()/(2**31-1)/step_in)
     zero = torch.zeros_like(step, dtype=torch.int32)
     steps = step.view(-1, *[1]*(w.ndim-1)) # divided by, as in the file; torch's own multiplies by the inverse
@@ -194,7 +194,7 @@ def _tap_product(w:Tensor, b:Tensor, lines:int)->tuple[Tensor,Tensor]:
     "Weights `(P*n,C,1,K)` and shifts `(P*n,)` as those of a product to `(P,K,n)`"
     C, K, n = w.shape[1], w.shape[3], len(w)//lines
     bias = F.pad(b.view(lines, 1, n), (0, 0, (K-1)//2, K//2)).flatten()
-    return w.reshape(lines, n, C, K).permute(0, 3, 1, 2).reshape(-1, C), bias
+    return w.reshape(lines, n, C, K).permute(0, 3, 1, 2).reshape(-1, C, 1, 1), bias
 
 # %% ../../nbs/52a_deploy.qat.ipynb #3bcd8e83
 def norm_parts(
@@ -219,7 +219,7 @@ def _unfolded(model:nn.Module, parts:dict)->nn.Module:
     for path,m in list(net.named_modules()):
         if not isinstance(m, (nn.Conv2d, nn.Linear)): continue
         source, (norm, part) = model.get_submodule(path), parts.get(path, ('', None))
-        lines = len(source.lines) if isinstance(m, nn.Linear) and isinstance(source, nn.Conv2d) else 0
+        lines = len(source.lines) if m.weight.shape!=source.weight.shape else 0 # taps, in the file one product
         frozen = FrozenNorm(model.get_submodule(norm), part) if norm else None
         net.set_submodule(path, AwareLayer(copy.deepcopy(source).requires_grad_(True), frozen, lines))
     for norm in {norm for norm,_ in parts.values()}:
@@ -370,31 +370,3 @@ def export_aware(
     "Write both files through the door of PTQ, with the ranges of the training"
     export_onnx(aware.network(), fp32_path, size=aware.shape[1:], c_in=aware.shape[0])
     return quantize_int8(fp32_path, int8_path, ranges=aware.found_ranges(), weight_bits=aware.weight_bits)
-
-# %% ../../nbs/52a_deploy.qat.ipynb #318df0f8
-def package_aware(
-    package:Package, # of the network before
-    aware:AwareNetwork, # trained from it
-    into:Path, # folder to make
-    images:np.ndarray, # `(N,C,h,w)` prepared images that neither training nor calibration saw
-    targets:np.ndarray, # `(N,)` their classes
-    groups:np.ndarray|None=None, # `(N,)` patients or clusters
-    *,
-    metrics:dict, # what was measured of the trained network
-    run_hash:str, # run or other origin of the training
-)->dict: # the INT8 certificate; INT8 is in the folder only if it is ok
-    "Write the trained network as a model folder with float and 8-bit files"
-    kept = {k:package.info[k] for k in ('classes', 'certificate_sha256', 'threshold', 'synthetic', 'published')}
-    name, args = (package.info['architecture'][k] for k in ('name', 'arguments'))
-    model = aware.network()
-    save_package(into, model_name=name, model_args=args, state_dict=model.state_dict(), metrics=metrics,
-                 preprocess=package.preprocess, run_hash=run_hash, **kept)
-    with tempfile.TemporaryDirectory() as work:
-        fp32, int8 = (Path(work)/f'{k}.onnx' for k in ('fp32', 'int8'))
-        done = export_aware(aware, fp32, int8)
-        parity = check_parity(model, fp32, images[:64])
-        if not parity.ok: raise PhoenixError(f"the ONNX file must equal the network, but differs: {parity.to_dict()}")
-        add_runtime(into, 'fp32', fp32, parity)
-        certificate = {**certify_int8(fp32, int8, images, targets, groups), 'method':done['method']}
-        if certificate['ok']: add_runtime(into, 'int8', int8, certificate)
-    return certificate

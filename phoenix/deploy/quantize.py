@@ -1,4 +1,4 @@
-"""A float network becomes an 8-bit one, and a certificate says what that cost.
+"""A float network becomes an 8-bit one, from ranges that are found in a stream of images.
 
 Docs: https://phoenix-mri.github.io/phoenix/deploy.quantize.html.md"""
 
@@ -7,8 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.quantize.html.md"""
 # %% auto #0
 __all__ = ['EIGHT_BIT', 'SHARES', 'METHODS', 'Chunks', 'check_calibration', 'float_nodes', 'eight_bit_nodes', 'stream_tensors',
            'count_values', 'percentile_range', 'squared_error', 'lost_information', 'find_ranges', 'quantize_int8',
-           'quantised_nodes', 'tensor_ranges', 'run_logits', 'partly_float', 'round_late', 'weight_errors',
-           'certify_int8']
+           'quantised_nodes', 'tensor_ranges', 'run_logits', 'partly_float', 'round_late', 'weight_errors']
 
 # %% ../../nbs/52_deploy.quantize.ipynb #51f37dfa
 import logging
@@ -24,8 +23,7 @@ from onnx import NodeProto, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-from .export import make_session, sampling_nodes
-from ..evaluate.statistics import paired_difference
+from .export import make_session, sampling_nodes, share_integers
 from ..records import sha256_bytes, write_bytes
 from ..settings import PhoenixError, did_you_mean
 
@@ -93,19 +91,28 @@ def _given_ranges(nodes:list[NodeProto], ranges:Mapping[str,tuple[float,float]])
                            "take them from the training of this network.")
     return {t:[dict(rmin=np.float32(low), rmax=np.float32(high))] for t,(low,high) in ranges.items()}
 
+# %% ../../nbs/52_deploy.quantize.ipynb #581a4743
+def _weight_steps(w, axis, bits, bias, step_in):
+    "Steps of a weight by channel, and whether some channels are dead"
+    top = np.abs(w).max(tuple(i for i in range(w.ndim) if i!=axis))/np.float32(2**(bits-1)-1)
+    dead, tiny = top<np.finfo(np.float32).tiny, np.finfo(np.float32).tiny
+    small = np.maximum(np.abs(bias)/np.float32(step_in)*np.float32(2**-24), tiny)
+    least = np.abs(bias)*1.0001/(2**31-1)/step_in # a 32-bit bias must fit
+    step = np.where(dead, np.where(bias==0, 1, small), np.maximum(top, least))
+    return step.astype(np.float32), bool(dead.any())
+
 # %% ../../nbs/52_deploy.quantize.ipynb #69a4f104
-def _coarse_weights(path:str|Path, nodes:list[NodeProto], bits:int)->dict:
-    "ONNX Runtime's overrides for weights of `bits` bits"
+def _own_steps(path:str|Path, nodes:list[NodeProto], bits:int, ranges:Mapping[str,tuple[float,float]])->dict:
+    "ONNX Runtime's overrides for weights of fewer than 8 bits, or with dead channels"
     if not 2<=bits<=8: raise PhoenixError(f"weight_bits must lie in 2…8, got {bits}: 8 is what a product ships with.")
-    if bits==8: return {}
-    data, found = {t.name:t for t in onnx.load(path).graph.initializer}, {}
+    data, found = {t.name:numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}, {}
     for n in nodes:
-        w = np.abs(numpy_helper.to_array(data[n.input[1]]))
+        w, (low, high) = data[n.input[1]], ranges[n.input[0]]
         turned = any(a.name=='transB' and a.i for a in n.attribute)
         axis = 0 if n.op_type=='Conv' or turned else w.ndim-1
-        top = w.max(tuple(i for i in range(w.ndim) if i!=axis))/np.float32(2**(bits-1)-1)
-        step = np.where(top<np.finfo(np.float32).tiny, np.float32(1), top)
-        found[n.input[1]] = [dict(axis=axis, scale=s, zero_point=np.int8(0)) for s in step]
+        bias = data[n.input[2]] if len(n.input)>2 else np.zeros(w.shape[axis], np.float32)
+        step, dead = _weight_steps(w, axis, bits, bias, ((max(high, 0)-min(low, 0)) or 255)/255)
+        if dead or bits<8: found[n.input[1]] = [dict(axis=axis, scale=s, zero_point=np.int8(0)) for s in step]
     return found
 
 # %% ../../nbs/52_deploy.quantize.ipynb #2dde4f8d
@@ -256,6 +263,46 @@ def _black(path)->Chunks:
     i = onnx.load(path).graph.input[0]
     return Chunks(np.zeros((1, *(d.dim_value for d in i.type.tensor_type.shape.dim[1:])), np.float32), i.name)
 
+# %% ../../nbs/52_deploy.quantize.ipynb #08e4a0b8
+def _prune(g):
+    "Drop what nothing reads"
+    ends, found = {o.name for o in g.output}, True
+    while found:
+        read = {i for n in g.node for i in n.input} | ends
+        found = [n for n in g.node if not any(o in read for o in n.output)]
+        for n in found: g.node.remove(n)
+    for t in [t for t in g.initializer if t.name not in read]: g.initializer.remove(t)
+
+# %% ../../nbs/52_deploy.quantize.ipynb #9c9868ca
+def _float_biases(g, whole):
+    "Convolutions read their biases in float"
+    made, put = {o:n for n in g.node for o in n.output}, set()
+    for n in g.node:
+        dq = made.get(n.input[2]) if n.op_type=='Conv' and len(n.input)>2 else None
+        name = '' if dq is None else dq.input[0].removesuffix('_quantized')
+        if name not in whole: continue
+        n.input[2] = f'{name}_float'
+        if name in put: continue
+        put.add(name)
+        g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), n.input[2]))
+
+def _half_weights(g, nodes):
+    "Weights of float convolutions, from 1,024 numbers on, in half precision, widened at once"
+    read = {n.input[1] for n in g.node if n.op_type=='Conv' and n.name in nodes}
+    for t in [t for t in g.initializer if t.name in read and np.prod(t.dims)>=1024]:
+        name, half = t.name, f'{t.name}_half'
+        t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t).astype(np.float16), half))
+        g.node.insert(0, onnx.helper.make_node('Cast', [half], [name], f'{name}/half', to=onnx.TensorProto.FLOAT))
+
+def _slim(model, fp32_path)->None:
+    "Leave out what a reader of the file derives by itself"
+    g = model.graph
+    _float_biases(g, {t.name:t for t in onnx.load(fp32_path).graph.initializer})
+    _half_weights(g, sampling_nodes(fp32_path))
+    g.ClearField('value_info')
+    _prune(g)
+    share_integers(g)
+
 # %% ../../nbs/52_deploy.quantize.ipynb #198f8a51
 def quantize_int8(
     fp32_path:str|Path, # file of `export_onnx`
@@ -271,7 +318,7 @@ def quantize_int8(
     _one_of(calibration, ranges)
     start, nodes, stay = time.perf_counter(), eight_bit_nodes(fp32_path, keep), [*float_nodes(fp32_path), *keep]
     used = find_ranges(fp32_path, calibration, method, keep=keep) if ranges is None else ranges
-    special = _coarse_weights(fp32_path, nodes, weight_bits) | _given_ranges(nodes, used)
+    special = _given_ranges(nodes, used) | _own_steps(fp32_path, nodes, weight_bits, used)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         out = Path(folder)/'int8.onnx'
         quantize_static(str(fp32_path), str(out), _black(fp32_path), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -280,6 +327,7 @@ def quantize_int8(
                         calibrate_method=CalibrationMethod.MinMax,
                         extra_options={'MatMulConstBOnly':True, 'TensorQuantOverrides':special})
         model = onnx.load(out)
+    _slim(model, fp32_path)
     onnx.checker.check_model(model)
     write_bytes(int8_path, model.SerializeToString(deterministic=True))
     return {**_done(fp32_path, int8_path, calibration, method if ranges is None else 'trained ranges'),
@@ -341,6 +389,12 @@ def _around(g):
         if n.op_type=='DequantizeLinear' and n.input[0] in made: pairs[made[n.input[0]].input[0]] = made[n.input[0]], n
     return made, pairs
 
+def _widen(g, whole):
+    "Weights in half precision as they were"
+    for n in [n for n in g.node if n.op_type=='Cast' and n.input[0].endswith('_half')]:
+        g.initializer.append(whole[n.output[0]])
+        g.node.remove(n)
+
 def _restore(n, made, data, whole, g):
     "Give a node its float weights back"
     for i in range(1, len(n.input)):
@@ -350,15 +404,6 @@ def _restore(n, made, data, whole, g):
         if own not in data: g.initializer.append(numpy_helper.from_array(numpy_helper.to_array(whole[name]), own))
         data.add(own)
         n.input[i] = own
-
-def _prune(g):
-    "Drop what nothing reads"
-    ends, found = {o.name for o in g.output}, True
-    while found:
-        read = {i for n in g.node for i in n.input} | ends
-        found = [n for n in g.node if not any(o in read for o in n.output)]
-        for n in found: g.node.remove(n)
-    for t in [t for t in g.initializer if t.name not in read]: g.initializer.remove(t)
 
 # %% ../../nbs/52_deploy.quantize.ipynb #3885c7e3
 def partly_float(
@@ -382,6 +427,7 @@ def partly_float(
         for i,t in enumerate(n.input):
             if t in raw and raw[t] not in still: n.input[i] = raw[t]
     _rename_ends(g, raw, still)
+    if not eight: _widen(g, whole)
     _prune(g)
     onnx.checker.check_model(model)
     write_bytes(out_path, model.SerializeToString(deterministic=True))
@@ -437,35 +483,3 @@ def weight_errors(
         if scale.ndim: scale = scale.reshape([-1 if i==axis else 1 for i in range(w.ndim)])
         errors[name] = float(np.linalg.norm(w*scale-want)/max(np.linalg.norm(want), 1e-30))
     return errors
-
-# %% ../../nbs/52_deploy.quantize.ipynb #9a00ccb1
-def _softmax(z:np.ndarray)->np.ndarray:
-    "Probabilities of logits `(N,K)`"
-    e = np.exp(z.astype(np.float64) - z.max(1, keepdims=True))
-    return e/e.sum(1, keepdims=True)
-
-def certify_int8(
-    fp32:str|Path, # float file
-    int8:str|Path, # 8-bit file
-    images:np.ndarray, # `(N,C,h,w)` float32 in [0, 1], images not used for calibration
-    targets:np.ndarray, # `(N,)` class indices
-    groups:Sequence|None=None, # `(N,)` patient or cluster of each image; each image its own if None
-    *,
-    max_drop:float=.01, # accuracy may fall by less than this
-    min_agreement:float=.95, # share of images that must keep their class
-)->dict: # agreement, accuracies, change with interval, mean |Δprob|, sizes, rule, ok
-    "Measure what 8 bits cost, and say whether that is acceptable"
-    a, b = _softmax(run_logits(fp32, images)), _softmax(run_logits(int8, images))
-    targets, names = np.asarray(targets), range(len(images)) if groups is None else groups
-    change = paired_difference(b, a, targets, names)
-    sizes = [Path(p).stat().st_size for p in (fp32, int8)]
-    same, gap = float((a.argmax(1)==b.argmax(1)).mean()), np.abs(a-b)
-    right = [float((p.argmax(1)==targets).mean()) for p in (a, b)]
-    return {'images':len(images), 'groups':change.n_groups, 'agreement':same,
-            'accuracy_fp32':right[0], 'accuracy_int8':right[1],
-            'accuracy_change':change.value, 'accuracy_change_low':change.low, 'accuracy_change_high':change.high,
-            'mean_abs_prob_change':float(gap.mean()), 'max_abs_prob_change':float(gap.max()),
-            'bytes_fp32':sizes[0], 'bytes_int8':sizes[1], 'size_ratio':sizes[1]/sizes[0],
-            'rule':f'accuracy falls by less than {max_drop:g}, and {min_agreement:g} or more keep their class',
-            'limits':{'max_drop':max_drop, 'min_agreement':min_agreement},
-            'ok':bool(right[0]-right[1]<max_drop and same>=min_agreement and np.isfinite(b).all())}

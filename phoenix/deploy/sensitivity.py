@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import log_softmax
 
-from .export import make_session
+from .engines import open_network
 from .quantize import partly_float, quantised_nodes, run_logits
 from ..settings import PhoenixError
 
@@ -72,16 +72,18 @@ def latencies(
     *,
     runs:int=50, # timed runs of each
     warmup:int=5, # runs before
+    engines:Mapping[str,str]|None=None, # name → engine, ONNX Runtime where none is named
 )->pd.Series: # name → median milliseconds of processor time
     "Time of one answer on one thread, file by file in turns"
     if runs<1 or not files: raise PhoenixError(f"there must be files and runs, got {len(files)} and {runs}.")
-    sessions, times = {k:make_session(p) for k,p in files.items()}, {k:[] for k in files}
+    engines, times = engines or {}, {k:[] for k in files}
+    sessions = {k:open_network(p, engines.get(k, 'onnxruntime')) for k,p in files.items()}
     names, feed = list(files), {next(iter(sessions.values())).get_inputs()[0].name:image.astype(np.float32)}
     for r in range(warmup+runs):
         for k in names[r%len(names):]+names[:r%len(names)]:
-            start = time.thread_time_ns()
+            start = time.process_time_ns()
             sessions[k].run(None, feed)
-            if r>=warmup: times[k].append((time.thread_time_ns()-start)/1e6)
+            if r>=warmup: times[k].append((time.process_time_ns()-start)/1e6)
     return pd.Series({k:float(np.median(t)) for k,t in times.items()}, name='ms')
 
 # %% ../../nbs/52b_deploy.sensitivity.ipynb #4a71fa74

@@ -193,36 +193,39 @@ def _stretch(m:int, M:int, reach:int)->int:
 
 # %% ../../nbs/20_models.snake.ipynb #9bdedb56
 def _windows(size:tuple[int,int], out:tuple[int,int], K:int, stride:int, reach:int, own:tuple[int,int])->tuple:
-    "For a line along the first axis of `size`: table rows `(l,windows,K*length)`, starts of windows, outputs in each"
+    "For a line along the first axis of `size`: table rows `(l,1,K,1) + (1,windows,1,length)`, starts, outputs"
     ((L, M), (l, m), (step_l, step_m)), s = (size, out, own), _stretch(out[1], size[1], reach)
     starts, length = np.arange(m//s)*s*stride - reach, (s-1)*stride + 1 + 2*reach
     if s==m or length>=M: starts, length = np.zeros(m//s, int), M
     line = np.clip(np.arange(l)[:,None]*stride + np.arange(K) - (K-1)//2, 0, L-1)*step_l # (l,K)
     place = np.clip(starts[:,None] + np.arange(length), 0, M-1)*step_m # (windows,length)
-    rows = (line[:,None,:,None] + place[:,None])*K + np.arange(K)[:,None]
-    return rows.reshape(l, m//s, K*length).astype(np.int32), starts.astype(np.float32), s
+    parts = (line + np.arange(K))[:,None,:,None], place[None,:,None]
+    return [o.astype(np.int32) for o in parts], starts.astype(np.float32), s
 
 # %% ../../nbs/20_models.snake.ipynb #b98dd673
-def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], geo:_Geometry)->Tensor:
+def _matrix_line(table:Tensor, offsets:Tensor, size:tuple[int,int], own:tuple[int,int], first:int,
+                 geo:_Geometry)->Tensor:
     "One line along the first axis of `size`, from table rows `(B,R,n)` and offsets `(B,l,m,K)` to `(B,l,m,n)`"
     (_, l, m, K), M, n = offsets.shape, size[1], table.shape[2]
-    rows, starts, s = _windows(size, (l,m), K, geo.stride, geo.reach, own)
-    length = rows.shape[-1]//K
+    parts, starts, s = _windows(size, (l,m), K, geo.stride, geo.reach, own)
+    length = parts[1].shape[-1]
     here, starts, places = (torch.from_numpy(o.astype(np.float32)).to(offsets) for o in
                             (np.arange(m)[:,None]*geo.stride, starts[:,None,None], np.arange(length)))
     at = (offsets + here).clamp(0, M-1).view(-1, l, m//s, s, K) - starts
     hats = F.relu(1 - (at.unsqueeze(-1) - places).abs()).flatten(-2).view(-1, l*(m//s), s, K*length)
-    read = table.index_select(1, torch.from_numpy(rows.ravel()).to(table.device)).view(-1, l*(m//s), K*length, n)
+    rows = torch.from_numpy(parts[0]+np.int32(first)).to(table.device) + torch.from_numpy(parts[1]).to(table.device)
+    read = table.index_select(1, rows.flatten()).view(-1, l*(m//s), K*length, n)
     return (hats.to(read.dtype)@read).view(-1, l, m, n)
 
 # %% ../../nbs/20_models.snake.ipynb #05d12a4d
-def _matrix_lines(tables:Tensor, size:tuple[int,int], offsets:Tensor, geo:_Geometry)->Tensor:
-    "All lines by interpolation matrices, from tables `(B,H*W,P,K,n)` to `(B,P*n,h,w)`"
-    (H, W), out = size, []
-    for o,table,off in zip(geo.lines, tables.unbind(2), offsets.chunk(len(geo.lines), 1)):
-        table = table.flatten(1, 2)
-        if o=='x': y = _matrix_line(table, off.permute(0,3,2,1), (W,H), (1,W), geo).permute(0,3,2,1)
-        else: y = _matrix_line(table, off.permute(0,2,3,1), (H,W), (W,1), geo).permute(0,3,1,2)
+def _matrix_lines(table:Tensor, size:tuple[int,int], offsets:Tensor, geo:_Geometry)->Tensor:
+    "All lines by interpolation matrices, from a table `(B,H*W*P*K,n)` to `(B,P*n,h,w)`"
+    (H, W), out, all_ = size, [], offsets.shape[1] # rows of the table for each pixel
+    K = all_//len(geo.lines)
+    for p,o in enumerate(geo.lines):
+        off = offsets[:,p*K:p*K+K]
+        if o=='x': y = _matrix_line(table, off.permute(0,3,2,1), (W,H), (all_,W*all_), p*K, geo).permute(0,3,2,1)
+        else: y = _matrix_line(table, off.permute(0,2,3,1), (H,W), (W*all_,all_), p*K, geo).permute(0,3,1,2)
         out.append(y)
     return torch.cat(out, 1)
 
@@ -231,7 +234,7 @@ def _by_matrix(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
     "Interpolation matrices: for export at a fixed size; offsets must keep to the reach"
     (P, n, K, C), size = weight.shape, x.shape[2:]
     tables = F.linear(x.permute(0,2,3,1).reshape(-1, C), weight.permute(0,2,1,3).reshape(-1, C).to(x.dtype))
-    return _matrix_lines(tables.view(-1, size[0]*size[1], P, K, n), size, offsets, geo)
+    return _matrix_lines(tables.view(-1, size[0]*size[1]*P*K, n), size, offsets, geo)
 
 # %% ../../nbs/20_models.snake.ipynb #d4f386f5
 def _deform(x:Tensor, weight:Tensor, offsets:Tensor, stride:int, bias:Tensor|None=None)->Tensor:
@@ -385,11 +388,11 @@ class DynamicSnakeConv(nn.Module):
         return self.fuse(F.relu(self.norm(both)))
 
 # %% ../../nbs/20_models.snake.ipynb #c6867e2e
-def _tap_product(m:DynamicSnakeConv, weight:Tensor, shift:Tensor)->nn.Linear:
-    "Tap weights `(P*n,C,1,K)` as one product to `(P,K,n)`, with the shift at the centre tap"
+def _tap_product(m:DynamicSnakeConv, weight:Tensor, shift:Tensor)->nn.Conv2d:
+    "Tap weights `(P*n,C,1,K)` as one 1×1 convolution to `(P,K,n)`, with the shift at the centre tap"
     (_, C, _, K), P, n = weight.shape, len(m.geometry.lines), m.width
-    taps = nn.Linear(C, P*K*n).to(weight)
-    taps.weight.data = weight.view(P, n, C, K).permute(0,3,1,2).reshape(-1, C).contiguous()
+    taps = nn.Conv2d(C, P*K*n, 1).to(weight)
+    taps.weight.data = weight.view(P, n, C, K).permute(0,3,1,2).reshape(-1, C, 1, 1).contiguous()
     bias = weight.new_zeros(P, K, n)
     bias[:,(K-1)//2] = shift.view(P, n)
     taps.bias.data = bias.view(-1)
@@ -400,9 +403,8 @@ def _exported_snakes(m:DynamicSnakeConv, x:Tensor, offsets:Tensor|None)->Tensor:
     "The snakes of an exported layer, with their part of the norm inside"
     geo, P = m.geometry, len(m.geometry.lines)
     if not isinstance(m.taps, _Taps):
-        tables = m.taps(x.permute(0,2,3,1).reshape(-1, x.shape[1]))
-        tables = tables.view(-1, x.shape[2]*x.shape[3], P, m.kernel_size, m.width)
-        return _matrix_lines(tables, x.shape[2:], offsets, geo)
+        table = m.taps(x).permute(0,2,3,1).reshape(-1, x.shape[2]*x.shape[3]*P*m.kernel_size, m.width)
+        return _matrix_lines(table, x.shape[2:], offsets, geo)
     weight = m.taps.weight.squeeze(2).unflatten(0, (P,-1)).transpose(2, 3)
     if offsets is None: return _straight(x, weight, geo) + m.shift.view(1,-1,1,1)
     parts, shifts = offsets.chunk(P, 1), m.shift.view(P, -1)
