@@ -20,7 +20,8 @@ def phoenix(*args, cwd):
 
 def smokes():
     "Every experiment; those that time something, and the longest, run at night"
-    def late(nb): return nb.name[0] == "b" or nb.name[3:] in ("explanations", "latency", "quantisation", "serving")
+    long = ("explanations", "folds", "latency", "preprocess", "pretraining", "quantisation", "robustness", "serving")
+    def late(nb): return nb.name[0] == "b" or nb.name[3:] in long
     return [pytest.param(nb, id=nb.name, marks=pytest.mark.slow if late(nb) else ()) for nb in experiments()]
 
 

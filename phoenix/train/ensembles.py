@@ -9,8 +9,10 @@ __all__ = ['EnsembleError', 'train_members', 'average', 'vote', 'decide_vote', '
            'stack_out_of_fold', 'save_stack', 'load_stack', 'refuse_fitted_rows']
 
 # %% ../../nbs/37_train.ensembles.ipynb #5867c0fe
+import contextlib
 import hashlib
 import multiprocessing
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +43,8 @@ def _train_member(place, options):
     "In a process of its own: train, or go on, and write what it took"
     note = place/'cost.json'
     stopped, wall, cpu = place.exists() and not note.exists(), time.perf_counter(), time.process_time()
-    train_classifier(run_dir=place, resume=True, progress=False, **options)
+    with contextlib.redirect_stdout(sys.stderr): # a line an epoch; the other stream is the caller's
+        train_classifier(run_dir=place, resume=True, progress=False, **options)
     spent = dict(wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu)
     if not note.exists(): write_json(note, dict.fromkeys(spent) if stopped else spent)
 
