@@ -129,7 +129,7 @@ class Skips:
     blocks:tuple[str,...] # in the order they were returned
     nodes:tuple[str,...] # their nodes, for `quantize_int8(keep=…)` or `partly_float`
     steps:pd.DataFrame # one row for each step: block, snr_db, loss, accuracy, agreement
-    enough:bool # whether both limits hold in the end
+    enough:bool # whether all limits hold in the end
 
 # %% ../../nbs/52b_deploy.sensitivity.ipynb #70c8804b
 def find_skips(
@@ -140,6 +140,7 @@ def find_skips(
     *,
     min_snr:float=20., # dB that the logits must have
     max_drop:float=.005, # share of pictures that may become wrong
+    min_agreement:float=.98, # share of pictures that must keep their class: more than a certificate asks of others
     order:Sequence[str]|None=None, # blocks, most fragile first; measured when not given
 )->Skips: # as few blocks as this order allows
     "Return blocks to float until the rest does little harm"
@@ -152,7 +153,7 @@ def find_skips(
             made = partly_float(fp32_path, int8_path, nodes, Path(work)/'mixed.onnx')
             now = harm(reference, run_logits(made, images), targets)
             rows.append({'back_to_float':block or '', **now})
-            enough = now['snr_db']>=min_snr and now['accuracy']>=-max_drop
+            enough = now['snr_db']>=min_snr and now['accuracy']>=-max_drop and now['agreement']>=min_agreement
             if enough: break
     return Skips(tuple(back), tuple(nodes), pd.DataFrame(rows), enough)
 
@@ -167,11 +168,13 @@ def quantize_bearable(
     method:str='minmax', # rule of calibration
     min_snr:float=20., # dB that the logits must have
     max_drop:float=.005, # share of pictures that may become wrong
+    min_agreement:float=.98, # share of pictures that must keep their class
 )->Skips: # which blocks stay in float, and what was measured on the way
     "Static INT8 that leaves the most fragile blocks in float where all in 8 bits would do harm"
     with tempfile.TemporaryDirectory() as work:
         every = Path(work)/'every.onnx'
         quantize_int8(fp32_path, every, calibration, method=method)
-        skips = find_skips(fp32_path, every, images, targets, min_snr=min_snr, max_drop=max_drop)
+        skips = find_skips(fp32_path, every, images, targets, min_snr=min_snr, max_drop=max_drop,
+                           min_agreement=min_agreement)
         partly_float(fp32_path, every, skips.nodes, int8_path)
     return skips
