@@ -871,7 +871,7 @@ def quantize(
     model:Path, # model folder with model.onnx
     folder:Path, # raw folder
     certificate:Path, # split certificate of that folder
-    images:int=128, # training images that calibrate
+    images:int=128, # training images that give the ranges; as many others show which blocks don't bear 8 bits
     method:str="minmax", # of the ranges: 'minmax', 'percentile', 'entropy' or 'mse'
     seed:int=42, # which of them
     runs:int=100, # timed runs of each file; 0 accepts 8 bits whatever their speed
@@ -880,21 +880,24 @@ def quantize(
     "Write model.int8.onnx, calibrated on training images, and its parity certificate"
     from phoenix.deploy.certificate import certify
     from phoenix.deploy.package import add_runtime, load_package
-    from phoenix.deploy.quantize import quantize_int8
+    from phoenix.deploy.sensitivity import quantize_bearable
     from phoenix.keys import permutation
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")
     if package.task == "labels": return _quantize_labels(package, folder, certificate, images, method, seed)
     train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
-    files = _files(package, folder, train)
-    chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
+    order, n = permutation(len(train), seed, "calibration"), min(images, len(train)//2)
+    ranges, measured = (train.iloc[at] for at in (order[:n], order[n:2*n]))
     with tempfile.TemporaryDirectory() as work:
         float_file, path = Path(model)/"model.onnx", Path(work)/"model.int8.onnx"
-        done = quantize_int8(float_file, path, package.images(chosen), method=method)
+        skips = quantize_bearable(float_file, path, *(package.images(_files(package, folder, r))
+                                                      for r in (ranges, measured)),
+                                  _targets(package, measured), method=method)
         held_out = package.images(_files(package, folder, test))
         parity = certify(float_file, path, held_out, _targets(package, test), test.group.to_numpy(), runs=runs,
-                         classes=package.classes, model=package.model(), method=done["method"],
+                         classes=package.classes, model=package.model(),
+                         method=f"{method}; in float: {', '.join(skips.blocks) or 'nothing'}",
                          engines=["onnxruntime", *([engine] if engine else [])])
         if parity["ok"]: add_runtime(model, "int8", path, parity)
     if parity["ok"]: _certify_engine(model, held_out[:64], "int8", engine)
