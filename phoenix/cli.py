@@ -903,7 +903,7 @@ def quantize(
     if parity["ok"]: _certify_engine(model, held_out[:64], "int8", engine)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
-
+# %% ../nbs/91_cli.ipynb #91ab0002
 def _quantize_labels(package, folder, certificate, images, method, seed):
     "INT8 of a model of several labels, with the certificate that asks label by label"
     from phoenix.deploy.labels import certify_labels
