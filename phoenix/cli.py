@@ -885,10 +885,10 @@ def quantize(
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")
-    if package.task == "labels": return _quantize_labels(package, folder, certificate, images, method, seed)
     train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
     order, n = permutation(len(train), seed, "calibration"), min(images, len(train)//2)
     ranges, measured = (train.iloc[at] for at in (order[:n], order[n:2*n]))
+    if package.task == "labels": return _quantize_labels(package, folder, ranges, test, method)
     with tempfile.TemporaryDirectory() as work:
         float_file, path = Path(model)/"model.onnx", Path(work)/"model.int8.onnx"
         skips = quantize_bearable(float_file, path, *(package.images(_files(package, folder, r))
@@ -903,19 +903,15 @@ def quantize(
     if parity["ok"]: _certify_engine(model, held_out[:64], "int8", engine)
     return Reply(parity, lines([dict(what=k, value=str(v)) for k, v in parity.items()]), int(not parity["ok"]))
 
-# %% ../nbs/91_cli.ipynb #91ab0002
-def _quantize_labels(package, folder, certificate, images, method, seed):
+
+def _quantize_labels(package, folder, ranges, test, method):
     "INT8 of a model of several labels, with the certificate that asks label by label"
     from phoenix.deploy.labels import certify_labels
     from phoenix.deploy.package import add_runtime
     from phoenix.deploy.quantize import quantize_int8
-    from phoenix.keys import permutation
-    train, test = _part(folder, certificate, "train"), _part(folder, certificate, "test")
-    files = _files(package, folder, train)
-    chosen = [files[i] for i in permutation(len(train), seed, "calibration")[:images]]
     with tempfile.TemporaryDirectory() as work:
         float_file, path = package.path/"model.onnx", Path(work)/"model.int8.onnx"
-        quantize_int8(float_file, path, package.images(chosen), method=method)
+        quantize_int8(float_file, path, package.images(_files(package, folder, ranges)), method=method)
         parity = certify_labels(float_file, path, package.images(_files(package, folder, test)),
                                 _targets(package, test), test.group.to_numpy(), thresholds=package.threshold,
                                 classes=package.classes)
