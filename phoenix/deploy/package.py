@@ -333,22 +333,25 @@ def seal_of(
 LIMITS = {"max_drop": .01, "max_low": .02, "min_agreement": .95, "max_slice": .03, "min_speed": 1.15}
 _FIGURES = "accuracy_fp32 accuracy_int8 accuracy_change_low agreement worst_class_change".split()
 
+def _unheld(certificate, figures, limits, rules):
+    "What is not stated, or else what does not hold"
+    L = certificate["limits"]
+    if absent := [k for k in figures if k not in certificate] + [k for k in limits if k not in L]:
+        return [f"must be stated and is not: {', '.join(absent)}"]
+    return [f"must hold and does not: {text}" for holds, text in rules(certificate, L) if not holds]
+
 def verdict(
     certificate:Mapping[str,Any], # figures and limits of `phoenix.deploy.certificate.certify`
 )->list[str]: # what does not hold; nothing when all does
     "What a certificate's own numbers say"
-    c, L = certificate, certificate["limits"]
-    if absent := [k for k in _FIGURES if k not in c] + [k for k in LIMITS if k not in L]:
-        return [f"must be stated and is not: {', '.join(absent)}"]
-    drop = c["accuracy_fp32"] - c["accuracy_int8"]
-    found = [(drop < L["max_drop"], f"accuracy falls by less than {L['max_drop']:g}"),
-             (c["accuracy_change_low"] > -L["max_low"], f"the interval of that change ends above {-L['max_low']:g}"),
-             (c["agreement"] >= L["min_agreement"], f"{L['min_agreement']:g} or more keep their class"),
-             (c["worst_class_change"] >= -L["max_slice"], f"no class loses more than {L['max_slice']:g}"),
-             (c.get("worst_source_change", 0) >= -L["max_slice"], f"no source loses more than {L['max_slice']:g}"),
-             ("speed" not in c or c["speed"]["times"] >= L["min_speed"],
-              f"8 bits are {L['min_speed']:g} times as fast as float")]
-    return [f"must hold and does not: {text}" for holds, text in found if not holds]
+    return _unheld(certificate, _FIGURES, LIMITS, lambda c, L: [
+        (c["accuracy_fp32"] - c["accuracy_int8"] < L["max_drop"], f"accuracy falls by less than {L['max_drop']:g}"),
+        (c["accuracy_change_low"] > -L["max_low"], f"the interval of that change ends above {-L['max_low']:g}"),
+        (c["agreement"] >= L["min_agreement"], f"{L['min_agreement']:g} or more keep their class"),
+        (c["worst_class_change"] >= -L["max_slice"], f"no class loses more than {L['max_slice']:g}"),
+        (c.get("worst_source_change", 0) >= -L["max_slice"], f"no source loses more than {L['max_slice']:g}"),
+        ("speed" not in c or c["speed"]["times"] >= L["min_speed"],
+         f"8 bits are {L['min_speed']:g} times as fast as float")])
 
 # %% ../../nbs/50_deploy.package.ipynb #1abe15ed
 LABEL_LIMITS = {"max_drop": .01, "max_low": .03, "min_agreement": .95, "min_label": .9}
@@ -358,14 +361,11 @@ def label_verdict(
     certificate:Mapping[str,Any], # figures and limits of `phoenix.deploy.labels.certify_labels`
 )->list[str]: # what does not hold; nothing when all does
     "What the numbers of a certificate for several labels say"
-    c, L = certificate, certificate["limits"]
-    if absent := [k for k in _LABEL_FIGURES if k not in c] + [k for k in LABEL_LIMITS if k not in L]:
-        return [f"must be stated and is not: {', '.join(absent)}"]
-    found = [(c["auc_change"] > -L["max_drop"], f"the macro area falls by less than {L['max_drop']:g}"),
-             (c["auc_change_low"] > -L["max_low"], f"the interval of that change ends above {-L['max_low']:g}"),
-             (c["agreement"] >= L["min_agreement"], f"{L['min_agreement']:g} or more of the calls stay"),
-             (c["worst_agreement"] >= L["min_label"], f"each label keeps {L['min_label']:g} or more of its calls")]
-    return [f"must hold and does not: {text}" for holds, text in found if not holds]
+    return _unheld(certificate, _LABEL_FIGURES, LABEL_LIMITS, lambda c, L: [
+        (c["auc_change"] > -L["max_drop"], f"the macro area falls by less than {L['max_drop']:g}"),
+        (c["auc_change_low"] > -L["max_low"], f"the interval of that change ends above {-L['max_low']:g}"),
+        (c["agreement"] >= L["min_agreement"], f"{L['min_agreement']:g} or more of the calls stay"),
+        (c["worst_agreement"] >= L["min_label"], f"each label keeps {L['min_label']:g} or more of its calls")])
 
 # %% ../../nbs/50_deploy.package.ipynb #0d3f0905
 def _check_seal(name, p):

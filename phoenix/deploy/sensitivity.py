@@ -166,7 +166,7 @@ def quantize_bearable(
     targets:np.ndarray, # `(M,)` their class indices
     *,
     method:str='minmax', # rule of calibration
-    min_snr:float=30., # dB that the logits must have; a ResNet keeps about that with all blocks in 8 bits
+    min_snr:float=30., # dB that the logits must have
     max_drop:float=.005, # share of pictures that may become wrong
     min_agreement:float=.98, # share of pictures that must keep their class
 )->Skips: # which blocks stay in float, and what was measured on the way
