@@ -9,6 +9,7 @@ __all__ = ['CNNS', 'ZOO', 'TimmClassifier', 'create_timm', 'BaselineCNN', 'model
 
 # %% ../../nbs/23_models.zoo.ipynb #f736a629
 import timm
+import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class TimmClassifier(Classifier):
         mean, std = cfg.get('mean') or (.5,), cfg.get('std') or (.5,)
         if c_in!=len(mean): mean, std = [sum(o)/len(o) for o in (mean, std)]
         self.normalise = Normalise(mean, std)
+        self.to(memory_format=torch.channels_last)
 
     def prepared(self,
         x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -38,7 +40,7 @@ class TimmClassifier(Classifier):
         if size and getattr(patches, 'strict_img_size', False) and got!=tuple(size):
             raise PhoenixError(f"pictures must be {tuple(size)}, the size this transformer was built for, got {got}: "
                                f"resize them, or build it with img_size={got}.")
-        return self.normalise(x)
+        return self.normalise(x).contiguous(memory_format=torch.channels_last)
 
     def features(self,
         x:Tensor, # `(B,C,H,W)` in [0, 1]
@@ -100,12 +102,13 @@ class BaselineCNN(Classifier):
         for a,b in zip(chans, chans[1:]):
             self.stages.append(nn.Sequential(ConvNorm(a, b, 3), ConvNorm(b, b, 3), nn.MaxPool2d(2, ceil_mode=True)))
         self.pool, self.dropout, self.head = MeanPool(), nn.Dropout(dropout), nn.Linear(widths[-1], n_classes)
+        self.to(memory_format=torch.channels_last)
 
     def features(self,
         x:Tensor, # `(B,c_in,H,W)` in [0, 1]
     )->Tensor: # `(B,c,h,w)`
         "The map before pooling"
-        return self.stages(self.normalise(x))
+        return self.stages(self.normalise(x).contiguous(memory_format=torch.channels_last))
 
 # %% ../../nbs/23_models.zoo.ipynb #b34bf08e
 CNNS = {'cnn':(32,64,128,256), 'simple_cifar_net':(32,64,128)} # channels of each stage; the second for small pictures
