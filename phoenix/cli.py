@@ -1134,13 +1134,13 @@ def serve(
 @command(app, "run", "phoenix run 01_quickstart -p epochs=2")
 def run(
     experiment:str, # name of a notebook of nbs/experiments, or a path
-    p:list[str]=[], # parameter as name=value; as often as needed # noqa: B006
+    p:list[str]|None=None, # parameter as name=value; as often as needed
     f:Path|None=None, # YAML or JSON file of parameters; -p wins over it
 )->Reply: # the sealed run and its metrics
     "Execute an experiment notebook and seal its run"
     from phoenix.experiments import read_parameters, run_experiment
     from phoenix.records import Run, read_json
-    path = run_experiment(experiment, read_parameters(p, f), load_settings().runs_dir)
+    path = run_experiment(experiment, read_parameters(p or [], f), load_settings().runs_dir)
     done = Run.open(path)
     metrics = read_json(done.path/"metrics.json") if (done.path/"metrics.json").exists() else {}
     page = next(iter(sorted(done.path.glob("report*.html"))), None)

@@ -44,11 +44,33 @@ def test_staircase(module):
             assert NUMBER[other] < NUMBER[module], f"{module} ({NUMBER[module]}) imports {other} ({NUMBER[other]})"
 
 
-def python(code, *flags):
+def python(code, argv=()):
     "Run `code` in a fresh interpreter, outside the checkout"
-    return subprocess.run([sys.executable, *flags, "-c", code], cwd="/", capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *argv], cwd="/", capture_output=True, text=True, timeout=600)
 
 
+IMPORTS = """
+import importlib, os, sys, traceback
+import fastai.learner, matplotlib.pyplot, pandas, scipy.stats, sklearn.metrics, timm, torch
+for name in sys.argv[1:]:
+    if not os.fork():
+        try:
+            module = importlib.import_module(name)
+            os._exit(not all(hasattr(module, n) for n in module.__all__))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.wait()[1]: print(name)
+"""
+
+
+def test_every_module_imports_alone():
+    "Each in a process of its own that knows the large libraries, and nothing of phoenix"
+    done = python(IMPORTS, argv=sorted(NUMBER))
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(NUMBER))
 def test_fresh_import(module):
     done = python(f"import {module} as m; assert all(hasattr(m, n) for n in m.__all__)")

@@ -137,7 +137,7 @@ class Batches:
         store:Store, # shared by all processes
         spool:Spool, # of this process
         model:str, # name in the registry; servers of another model leave these alone
-        limits:BatchLimits=BatchLimits(), # noqa: B008  frozen
+        limits:BatchLimits=BatchLimits(), # what one batch may hold and how long it lives
     ):
         sa, self.store, self.spool, self.model, self.limits = sql(), store, spool, model, limits
         self.usage, self.adding = Usage(store), set()

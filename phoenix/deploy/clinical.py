@@ -427,7 +427,7 @@ def judge_prepared(
     x:np.ndarray, # `(C,h,w)` float32 in [0,1], one prepared picture
     runtime:Literal["fp32","int8"]="int8", # which network
     *,
-    rules:Rules=Rules(), # noqa: B008  frozen
+    rules:Rules=Rules(), # when a finding is reviewed or refused
     name:str="picture", # what to call it
     threads:int=1, # CPU threads
 )->Finding: # the same in any company
@@ -445,7 +445,7 @@ def decide(
     images:Sequence, # pictures, see `prepare`
     runtime:Literal["fp32","int8"]="int8", # which network
     *,
-    rules:Rules=Rules(), # noqa: B008  frozen
+    rules:Rules=Rules(), # when a finding is reviewed or refused
     names:Sequence[str]|None=None, # what to call the pictures; numbered when None; never a path or a name of a person
     threads:int=1, # CPU threads
 )->list[Finding]: # in the order of `images`

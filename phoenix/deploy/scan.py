@@ -180,7 +180,7 @@ def read_scan(
     source:str|Path|bytes, # a file, a folder with one series, a zip, or the bytes of a file
     *,
     series:str|None=None, # key of the series, where there are several
-    limits:Limits=Limits(), # noqa: B008  frozen
+    limits:Limits=Limits(), # what may be read of a file
 )->Scan: # one picture or one volume
     "Read a scan of any known format, or raise a typed refusal that quotes no name"
     kind, parts, others = _only(_files(source, limits), series)
@@ -332,10 +332,10 @@ def process_scan(
     plane:str="axial", # of the slices of a volume
     n:int=15, # slices at most
     series:str|None=None, # key of the series, where there are several
-    rules:Rules=Rules(), # noqa: B008  frozen
+    rules:Rules=Rules(), # when a finding is reviewed or refused
     show:int=3, # overlays at most
     explain:bool=True, # with a map of the class; needs the weights as a torch network
-    limits:Limits=Limits(), # noqa: B008  frozen
+    limits:Limits=Limits(), # what may be read of a file
     threads:int=1, # CPU threads
 )->Study: # findings of slices, and their answer
     "From a scan to findings: decision support, the same for the same bytes"

@@ -275,7 +275,7 @@ def _say(request, e):
 
 # %% ../../nbs/56e_deploy.serve.ipynb #4e9661d3
 def create_app(
-    options:ServeOptions=ServeOptions(), # noqa: B008  frozen
+    options:ServeOptions=ServeOptions(), # limits of the server
 )->Door: # an ASGI application
     "The whole application; it starts and ends with the server's lifespan"
     from fastapi import FastAPI
@@ -339,7 +339,7 @@ async def _serve(door, config, sock, notice_s):
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2b694af4
 def run_server(
-    options:ServeOptions=ServeOptions(), # noqa: B008  frozen
+    options:ServeOptions=ServeOptions(), # limits of the server
     *,
     host:str="127.0.0.1", # address to listen on
     port:int=8000, # 0 for any free one

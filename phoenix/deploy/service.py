@@ -121,7 +121,7 @@ class Service:
     "Stores, engine and state of one server process"
     def __init__(self,
         access:Mapping[tuple,Access], # what each route asks of its caller
-        options:ServeOptions=ServeOptions(), # noqa: B008  frozen
+        options:ServeOptions=ServeOptions(), # limits of the server
     ):
         self.options, o = options, options
         self.store = store = open_store(o.store)

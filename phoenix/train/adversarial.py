@@ -288,8 +288,7 @@ class RobustScores(Callback):
         history = getattr(self.learn, 'epoch_scores', None)
         if history is None or not self.seen: return
         row = history.history.rows[-1]
-        row.update(clean_loss=row['valid_loss'], robust_accuracy=self.right/self.seen,
-                   valid_loss=1 - self.right/self.seen)
+        row.update(robust_accuracy=self.right/self.seen, judged=1 - self.right/self.seen)
 
 # %% ../../nbs/39a_train.adversarial.ipynb #91346610
 class OverfitAlarm(Callback):

@@ -47,7 +47,7 @@ from .averaging import WeightAverage
 from .batches import Accumulate, HalfPrecision, find_batch_size
 from .checkpoints import (DISK_FULL, CheckpointError, newest_checkpoint, read_checkpoint, restore,
                                        save_checkpoint, set_aside, write_error)
-from .log import LOG, RunLog
+from .log import LOG, RunLog, best_said, judged_by
 from .losses import CrossEntropy, Focal, class_weights
 from .mixing import Mix
 from .schedules import Plateau, Schedule, by_steps, cosine_hold, one_cycle, warmup_cosine
@@ -80,7 +80,7 @@ class Clock:
         return self.seconds > 0 and self.elapsed() + self.reserve >= self.seconds
 
 # %% ../../nbs/33_train.learner.ipynb #f3a45c85
-def _measured(row): return row['valid_loss'] is not None and not math.isnan(row['valid_loss'])
+def _measured(row): return judged_by(row) is not None and not math.isnan(judged_by(row))
 
 
 @dataclass
@@ -92,10 +92,10 @@ class History:
     def __len__(self)->int: return len(self.rows)
 
     @property
-    def best(self)->dict: # the row with the lowest validation loss
+    def best(self)->dict: # the row with the lowest validation loss, or what `judged_by` names
         "The epoch whose weights are kept: the last one where there is no validation side"
         measured = [r for r in self.rows if _measured(r)]
-        return min(measured, key=lambda r: r['valid_loss']) if measured else self.rows[-1]
+        return min(measured, key=judged_by) if measured else self.rows[-1]
 
     def table(self)->pd.DataFrame: # columns as in `history.csv`
         "The rows as a table"
@@ -107,8 +107,8 @@ class History:
         "How long there has been no progress"
         best, wait = math.inf, 0
         for r in self.rows:
-            wait = 0 if not _measured(r) or r['valid_loss'] < best - min_delta else wait + 1
-            if wait == 0: best = r['valid_loss']
+            wait = 0 if not _measured(r) or judged_by(r) < best - min_delta else wait + 1
+            if wait == 0: best = judged_by(r)
         return wait
 
 # %% ../../nbs/33_train.learner.ipynb #7aa6e681
@@ -359,7 +359,7 @@ def _schedule(history, clock, plan):
     if kind == 'plateau':
         return Plateau(peak, factor=plan['plateau_factor'], patience=plan['plateau_patience'],
                        min_delta=plan['min_delta'], warmup_epochs=warmup * plan['epochs'],
-                       value=lambda learn: history.rows[-1]['valid_loss'])
+                       value=lambda learn: judged_by(history.rows[-1]))
     more = dict(hold=plan.get('swa_start') or .75) if kind == 'hold' else {}
     def rate(done): return peak * SCHEDULES[kind](done, warmup, **more)
     rate(0.)
@@ -822,10 +822,8 @@ def plot_history(
         for column, name, colour in (('train_loss', 'training', '#8a8a8a'), ('valid_loss', 'validation', '#0072b2')):
             ax.plot(t.epoch + 1, t[column], color=colour, label=name)
         ax.axvline(best['epoch'] + 1, color='#d55e00', ls=':', label='kept')
-        kept = f"epoch {best['epoch'] + 1}"
-        if _measured(best):
-            kept = f"Lowest validation loss {best['valid_loss']:.2f} in {kept} (accuracy {best['accuracy']:.0%})"
-        ax.set(xlabel='epoch', ylabel='loss (nats)', title=kept)
+        kept = best_said(best) if _measured(best) else f"epoch {best['epoch'] + 1}"
+        ax.set(xlabel='epoch', ylabel='loss (nats)', title=kept[0].upper() + kept[1:])
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     return ax
