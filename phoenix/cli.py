@@ -152,12 +152,13 @@ def _wanted(source, datasets, output_dir):
 
 # %% ../nbs/91_cli.ipynb #a0a1a899
 _NO_PATIENTS = "patients are unknown: slices of one head may stand on both sides of any split (see --patients)"
+_AUTHORS = "patients are unknown: that the folds keep them apart is their authors' word, which nothing here can check"
 
 
-def _patients_line(manifest):
+def _patients_line(manifest, said=_NO_PATIENTS):
     "One line about patients, for every report"
     known = manifest.table.patient[manifest.table.patient != ""]
-    return f"{known.nunique()} patients in {len(known)} of {len(manifest.table)} files" if len(known) else _NO_PATIENTS
+    return f"{known.nunique()} patients in {len(known)} of {len(manifest.table)} files" if len(known) else said
 
 
 def _facts(manifest):
@@ -353,8 +354,9 @@ def split_make(
     cert = make_split(manifest, find_pairs(manifest), rule=rule, fractions=s.fractions, n=s.folds, fold=fold, seed=seed,
                       test_folds=tuple(int(x) for x in test_folds.replace(",", " ").split()), valid=s.fractions[1])
     cert.save(output)
+    who = _patients_line(manifest, _AUTHORS if rule == "author" else _NO_PATIENTS)
     facts = dict(certificate=str(output), kind=cert.kind, sha256=cert.sha256, counts=cert.counts, proof=cert.proof,
-                 left_out=cert.left_out, patients=_patients_line(manifest))
+                 left_out=cert.left_out, patients=who)
     rows = [dict(part=k, **v) for k, v in cert.counts.items()]
     return Reply(facts, f"{cert.kind} split in {output}, {len(cert.left_out)} files left out\n{lines(rows)}\n"
                         f"{facts['patients']}")
@@ -725,7 +727,7 @@ def report_models(
     certificate:Path, # split certificate of that folder
     models:list[Path], # model folders; several are judged one by one and compared, the first is the reference
     output_dir:Path=Path("runs/report"), # gets report.html, report.json, predictions.csv and tables
-    effort:str="full", # 'quick' or 'full'
+    effort:str="full", # 'brief', 'quick' or 'full'
     seed:int=42, # key of all draws
 )->Reply: # where the page is, and the headlines
     "Judge models on the test side of a split: headlines, calibration, doubt, strangers, attacks, maps, refusals"

@@ -208,6 +208,13 @@ def test_a_swapped_fold(made, tmp_path):
     reasons(cert, root, f"{table.file[one]} has label and fold")
 
 
+def test_the_command_says_whose_word_the_folds_are(made, tmp_path):
+    from phoenix.cli import split_make
+    root = copy_of(made["folds"][0], tmp_path)
+    said = {r: split_make(root, tmp_path / "split.json", rule=r).data["patients"] for r in ("author", "pictures")}
+    assert "their authors' word" in said["author"] and "see --patients" in said["pictures"]
+
+
 def test_no_validation_folds_means_none(made):
     "An empty choice trains on all that is not tested; without a choice the last of them validates"
     manifest, pairs = made["folds"]
