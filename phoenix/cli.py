@@ -739,7 +739,7 @@ def report_models(
                            f"`phoenix run 13_organs -p data={folder} -p kind=''` makes their report")
     if len({m.resolve() for m in models}) < len(models):
         raise PhoenixError("Each model must be named once, one is named twice; leave it out")
-    packages = {_called(m, models): load_package(m) for m in models}
+    packages = _called(models, [load_package(m) for m in models])
     subjects = [_subject(n, p, manifest, cert, seed) for n, p in packages.items()]
     for s in subjects: _look(cert, manifest, s.test.rows, s.probs(), s.classes, s.name, who="phoenix report")
     records = {n: Record(p.preprocess, ledger=_ledger(cert, manifest, p.classes)) for n, p in packages.items()}
@@ -751,10 +751,12 @@ def report_models(
     return Reply(dict(report=str(page), accuracy=found), f"{lines(rows)}\n\nreport: {page}")
 
 # %% ../nbs/91_cli.ipynb #7f8e22d2
-def _called(model, models):
-    "A name of its own for each model folder: that of its run"
-    name, names = Path(model).resolve().parent.name, [Path(m).resolve().parent.name for m in models]
-    return name if names.count(name) == 1 else f"{name}/{Path(model).name}"
+def _called(models, packages):
+    "A name of its own for each model: that of its network, with its run, with its folder, as it needs"
+    names, folders = [p.info["architecture"]["name"] for p in packages], [Path(m).resolve() for m in models]
+    for more in ([f.parent.name for f in folders], [f.name for f in folders], [str(f) for f in folders]):
+        names = [f"{n}, {m}" if names.count(n) > 1 else n for n, m in zip(names, more)]
+    return dict(zip(names, packages))
 
 
 def _subject(name, package, manifest, cert, seed):

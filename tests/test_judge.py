@@ -51,8 +51,10 @@ def test_report_of_one_and_of_two(place, monkeypatch):
     assert "synthetic" in told["stamps"] and (root / "one/predictions.csv").exists()
     two = CliRunner().invoke(app, [*words, "run-2/model", "--effort", "quick", "--output-dir", "two"])
     assert two.exit_code == 0, two.output
-    assert {p.name for p in (root / "two").iterdir()} >= {"run-1", "run-2", "report.html", "differences.csv"}
-    looked = json.loads((root / "two/run-2/report.json").read_text())
+    n = "neurosnake_tiny_ca"
+    assert {p.name for p in (root / "two").iterdir()} >= {f"{n}-run-1", f"{n}-run-2", "report.html", "differences.csv"}
+    assert f'href="{n}-run-1/report.html"' in (root / "two/report.html").read_text()
+    looked = json.loads((root / f"two/{n}-run-2/report.json").read_text())
     assert any("looked at 3 times" in s for s in looked["cannot_claim"])
 
 

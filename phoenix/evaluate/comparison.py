@@ -95,6 +95,7 @@ def comparison_report(
     costs:pd.DataFrame|None=None, # column `model` and one for each cost, small is good
     histories:Mapping[str, Sequence[pd.DataFrame]]|None=None, # name → one history a training
     stamps:Sequence[str]=(), # keys of `STAMPS`, or sentences
+    links:Mapping[str,str]|None=None, # other pages: text → address relative to this one
 )->ReportData: # for `write_report`
     "Everything the page shows"
     c, stat = comparison, comparison.stats[0].replace('_', ' ')
@@ -102,13 +103,16 @@ def comparison_report(
     top = [Headline(f'{stat}, {m}', Interval(r['mean'], r.low, r.high, 0, c.level), '%') for m, r in t.iterrows()]
     curves = [draw(partial(plot_curves, histories), 'Training loss.')] if histories else []
     fronts = {k: front(c, costs, k) for k in ([] if costs is None else costs) if k != 'model'}
-    text = [f'{len(c.targets)} pictures in {len(set(c.groups.tolist()))} groups, {len(set(c.folds.tolist()))} tested '
-            f'folds; {len(c.cells)} trainings.', *verdicts(c),
+    sizes = [_counted(len(n), what) for n, what in ((c.targets, 'picture'), (set(c.groups.tolist()), 'group'),
+                                                    (set(c.folds.tolist()), 'tested fold'), (c.cells, 'training'))]
+    text = [f'{sizes[0]} in {sizes[1]}, {sizes[2]}; {sizes[3]}.', *verdicts(c),
             *[f'No network beats these in both {stat} and {k.replace("_", " ")}: {", ".join(v)}.'
               for k, v in fronts.items()]]
     section = Section('Comparison', text, _tables(c, costs), _figures(c, costs) + curves,
                       numbers=dict(cells=c.cells, fronts=fronts))
-    return ReportData(title, question, list(stamps), top, [section], _LIMITS)
+    return ReportData(title, question, list(stamps), top, [section], _LIMITS, dict(links or {}))
+
+def _counted(n, what): return f'{n} {what}' if n == 1 else f'{n} {what}s'
 
 _LIMITS = ['These are research figures. They are no evidence of use for any patient.',
            'One recipe for all networks is fair to none of them in particular.',
@@ -118,7 +122,7 @@ _LIMITS = ['These are research figures. They are no evidence of use for any pati
 def write_comparison(
     folder:Path, # gets report.html, report.json, scores.csv, trainings.csv and differences.csv
     comparison:Comparison, # from `compare`
-    **how # title, question, costs, histories and stamps of `comparison_report`
+    **how # title, question, costs, histories, stamps and links of `comparison_report`
 )->Path: # the HTML file
     "The page, and its numbers for other programs"
     folder = Path(folder)

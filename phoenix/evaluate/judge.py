@@ -318,10 +318,10 @@ def judge_several(
     if len(set(names)) < max(2, len(names)):
         raise PhoenixError(f'networks to compare must be two or more with names of their own, got {names}: rename')
     about = data_sections(manifest, certificate) if data is None else data
-    for s in subjects:
-        own = replace((records or {}).get(s.name, Record()), data=about)
-        judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name), record=own, **how)
+    pages = {s.name: judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name), **how,
+                           record=replace((records or {}).get(s.name, Record()), data=about)) for s in subjects}
     seen = n_train or len(certificate.paths('train'))
     comparison = compare({s.name: [_as_out_of_fold(s)] for s in subjects}, n_train=seen)
     on = dict(synthetic=manifest.synthetic, published=certificate.kind == 'published')
-    return write_comparison(folder, comparison, stamps=[s for s in on if on[s]])
+    links = {f'{n} by itself': p.relative_to(folder).as_posix() for n, p in pages.items()}
+    return write_comparison(folder, comparison, stamps=[s for s in on if on[s]], links=links)

@@ -148,6 +148,7 @@ class ReportData:
     headline:list[Headline] = field(default_factory=list) # the numbers that matter
     sections:list[Section] = field(default_factory=list) # in reading order
     cannot_claim:list[str] = field(default_factory=list) # what the numbers do not show
+    links:dict[str,str] = field(default_factory=dict) # other pages: text → address relative to this one
     red:bool = field(init=False) # whether a section raises an alarm
 
     def __post_init__(self): object.__setattr__(self, 'red', any(s.alarms for s in self.sections))
@@ -295,7 +296,10 @@ _PAGE = _MACROS + """<!doctype html>
 {% for s in d.stamps %}<p class="stamp">{{ stamps.get(s, s) }}</p>{% endfor %}
 <nav aria-label="Contents"><ul>
 {% for s in d.sections %}<li><a href="#s{{ loop.index }}">{{ s.title }}</a></li>{% endfor %}
-{% if d.cannot_claim %}<li><a href="#limits">What this does not show</a></li>{% endif %}</ul></nav></header>
+{% if d.cannot_claim %}<li><a href="#limits">What this does not show</a></li>{% endif %}</ul></nav>
+{% if d.links %}<nav aria-label="Other pages"><ul>
+{% for text, page in d.links.items() %}<li><a href="{{ page }}">{{ text }}</a></li>{% endfor %}</ul></nav>{% endif %}
+</header>
 <main>{% if d.headline %}<div class="table full">
 <div class="scroll" tabindex="0" role="region" aria-label="Main results">
 <table class="headline" aria-label="Main results"><tbody>{% for h in d.headline %}
