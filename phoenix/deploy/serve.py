@@ -12,6 +12,7 @@ __all__ = ['PICTURES', 'ACCESS', 'uploads', 'upload', 'schemas', 'refusals', 'cr
 import asyncio
 import base64
 import contextlib
+import gc
 import getpass
 import json
 import logging
@@ -304,8 +305,11 @@ def create_app(
 
 
 async def _start(service):
-    "Start the service; a server whose model can't be opened ends at once and says why"
-    try: await service.start()
+    "Start the service, then let Python forget what stays; a server whose model can't be opened ends and says why"
+    try:
+        await service.start()
+        gc.collect()
+        gc.freeze()
     except (PhoenixError, OSError) as e:
         logging.getLogger("phoenix.serve").critical("the server must open its model, but %s", e)
         service.failed = str(e)
