@@ -339,6 +339,10 @@ async def _serve(door, config, sock, notice_s):
             if door.house.state == "draining": return super().handle_exit(sig, frame)
             door.house.state = "draining"
             loop.call_soon_threadsafe(loop.call_later, notice_s, lambda: setattr(self, "should_exit", True))
+        async def shutdown(self, sockets=None):
+            for server in self.servers: server.close()
+            await asyncio.sleep(.2)
+            await super().shutdown(sockets)
     await Server(config).serve(sockets=[sock])
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2b694af4

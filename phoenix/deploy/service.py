@@ -232,7 +232,8 @@ def _write_down(self:Service,
     ms:float, # it took
 )->None:
     "Queue an audit entry"
-    if asked.status >= 400 and len(self.entries) > 500: return self.meters.audit_dropped.inc()
+    room = 50 if asked.kind == "full" else 500
+    if asked.status >= 400 and len(self.entries) > room: return self.meters.audit_dropped.inc()
     who = dict(tenant=asked.who.tenant, key_id=asked.who.key_id) if asked.who else {}
     event = re.sub(r"[^a-z.]", "", asked.route.removeprefix("/v1").strip("/").replace("/", ".")) or "page"
     self.entries.append(dict(event=event, trace_id=asked.trace_id, status=asked.status, ms=ms, **who))

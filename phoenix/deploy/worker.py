@@ -123,7 +123,7 @@ def _entry(name):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
-# %% ../../nbs/56_deploy.worker.ipynb #369335a7
+# %% ../../nbs/56_deploy.worker.ipynb #ecc75a01
 def _ahead(sock):
     "Frames, the next one read by a thread while the last one is worked on; ends when the other side hangs up"
     line = queue.Queue(1)
@@ -358,7 +358,7 @@ def _hear(self:Workers, child, flight):
         raise EOFError("a child must answer each item of its batch")
     return items, parts
 
-# %% ../../nbs/56_deploy.worker.ipynb #cd3cbdc6
+# %% ../../nbs/56_deploy.worker.ipynb #6bbbc71d
 @patch
 def _converse(self:Workers, child, flight):
     "Work with one child until the queue closes; leaves by an exception when the child is gone"
