@@ -180,7 +180,7 @@ def quantile(values, q):
 async def answered(seen, n=1, seconds=60):
     "Until `n` of the requests were answered with 200"
     end = time.monotonic() + seconds
-    while sum(s == 200 for s, _, _ in seen) < n and time.monotonic() < end: await asyncio.sleep(.02)
+    while sum(s[0] == 200 for s in seen) < n and time.monotonic() < end: await asyncio.sleep(.02)
 
 
 async def users(server, n, seconds, data, pause=0., seen=None):
@@ -198,6 +198,37 @@ async def users(server, n, seconds, data, pause=0., seen=None):
                 if pause: await asyncio.sleep(pause)
         await asyncio.gather(*[one() for _ in range(n)])
     return seen
+
+
+ATTACK = r"""
+import asyncio, contextlib, sys
+port, key, n = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: image/png\r\n".encode()
+kinds = (b"GET / HTT", head + b"Content-Length: 100000\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n",
+         b"GET / HTTP/1.1\r\nx: y", b"GET / HTTP/1.1\r\nx: " + b"y"*20_000)
+async def one(k):
+    while True:
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(kinds[k % 5])
+            while not writer.is_closing():
+                writer.write(b"1\r\n1\r\n" if k % 5 == 2 else b"1")
+                await writer.drain()
+                await asyncio.sleep(1)
+        await asyncio.sleep(.2)
+async def all_of_them(): await asyncio.gather(*[one(k) for k in range(n)])
+asyncio.run(all_of_them())
+"""
+
+
+@contextlib.contextmanager
+def attackers(server, n):
+    "`n` sockets that send a byte a second, lie about their length, never end or have huge heads, in a process of their own"
+    process = subprocess.Popen([sys.executable, "-c", ATTACK, str(server.port), server.key, str(n)])
+    try: yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def raw(port, *pieces, wait=0., read=True, timeout=15):

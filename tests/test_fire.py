@@ -6,14 +6,16 @@ import os
 import random
 import signal
 import socket
+import statistics
 import time
+from collections import Counter
 
 import httpx
 import psutil
 import pytest
 
-from phoenix.deploy.load import closed_loop, open_loop, summary
-from serving import Server, answered, picture, post, save_model
+from phoenix.deploy.load import closed_loop, open_loop, processor_ms, summary
+from serving import Server, answered, attackers, picture, post, save_model
 
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("FIRE_SECONDS", 60))
@@ -58,7 +60,7 @@ def test_many_callers(server, n):
     before, since = memory(server), lines(server)
     seen = asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=SECONDS/4))
     found = summary(seen, SECONDS/4)
-    say(f"{n} callers", **found, **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    say(f"{n} callers", **found, bound_ms=1e3*QUEUE/found["answered_per_s"], **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
     assert found["other"] == 0 and found["answered_per_s"] > 0
     assert memory(server) < before*1.1 + 20
 
@@ -75,41 +77,26 @@ def test_open_loop_at_twice_the_capacity(server):
 
 def test_slow_and_lying_sockets(server):
     "500 sockets that send a byte a second, lie about their length or never end: honest callers hardly notice"
-    data = picture()
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\nContent-Type: image/png\r\n".encode()
-    kinds = (b"GET / HTT", head + b"Content-Length: 100000\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n", b"GET / HTTP/1.1\r\nx: y")
-    async def honest(n):
-        out = []
-        async with httpx.AsyncClient(base_url=server.url, headers=server.headers(), timeout=60) as c:
-            for _ in range(n):
-                start = time.perf_counter()
-                assert (await c.post("/v1/predict", content=data)).status_code in (200, 429)
-                out.append(time.perf_counter() - start)
-        return sorted(out)
-    async def attack(stop):
-        async def one(k):
-            while not stop.is_set():
-                with contextlib.suppress(OSError):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-                    writer.write(kinds[k % len(kinds)])
-                    while not stop.is_set() and not writer.is_closing():
-                        writer.write(b"1\r\n1\r\n" if k % 4 == 2 else b"1")
-                        await writer.drain()
-                        await asyncio.sleep(1)
-                    writer.close()
-                await asyncio.sleep(.2)
-        await asyncio.gather(*[one(k) for k in range(500)])
-    async def both():
-        idle, stop = await honest(150), asyncio.Event()
-        attackers = asyncio.ensure_future(attack(stop))
-        await asyncio.sleep(2)
-        under = await honest(150)
-        stop.set()
-        await attackers
-        return idle, under
-    idle, under = asyncio.run(both())
-    say("500 slow sockets", idle_p50_ms=idle[75]*1e3, idle_p99_ms=idle[148]*1e3, under_p50_ms=under[75]*1e3, under_p99_ms=under[148]*1e3,
-        load=os.getloadavg()[0])
+    def honest(seconds): return summary(asyncio.run(closed_loop(server.url, server.key, picture(), users=1, seconds=seconds)), seconds)
+    def front(): return processor_ms(server.process.pid)["front"]
+    rounds, alone = [], []
+    for _ in range(3):
+        idle = honest(SECONDS/6)
+        with attackers(server, 500):
+            time.sleep(2)
+            start, used = time.perf_counter(), front()
+            time.sleep(SECONDS/12)
+            alone.append((front() - used)/1e3/(time.perf_counter() - start))
+            under = honest(SECONDS/3)
+        time.sleep(1)
+        rounds.append((idle, under))
+        say("500 slow sockets", **{f"{w}_{k}": v for w, f in (("idle", idle), ("under", under)) for k, v in f.items()
+                                   if k in ("p50_ms", "p99_ms", "refused", "other")}, load=os.getloadavg()[0])
+    refused = max(u["refused"] for _, u in rounds)
+    say("500 slow sockets", p99_ratio=statistics.median(u["p99_ms"]/i["p99_ms"] for i, u in rounds), refused=refused,
+        front_of_a_core=statistics.median(alone))
+    assert all(f["other"] == 0 for r in rounds for f in r) and refused < .1
+    assert statistics.median(alone) < .25, "500 slow sockets must cost the server less than a quarter of a core"
     assert post(server).status_code == 200
 
 
@@ -134,8 +121,8 @@ def test_twenty_kills_of_the_model_process(server):
 
 
 def test_twenty_ends_under_load(model, tmp_path):
-    "Every request that was accepted is answered: callers see 200, 503 or no connection, and each end is clean"
-    ends, totals = int(20 if SECONDS >= 60 else 3), {}
+    "What the server says it answered is what callers got, nobody was left without; each end is clean"
+    ends, totals = int(20 if SECONDS >= 60 else 3), Counter()
     for k in range(ends):
         (tmp_path/str(k)).mkdir()
         with Server(tmp_path/str(k), model, f"plan=Plan(None, None), queue={QUEUE}, notice_s=.4") as s:
@@ -146,10 +133,14 @@ def test_twenty_ends_under_load(model, tmp_path):
                 await answered(seen, random.randint(3, 20))
                 s.process.send_signal(signal.SIGTERM)
                 return await work
-            for x in asyncio.run(fire()): totals[x.status] = totals.get(x.status, 0) + 1
+            got = Counter(x.status for x in asyncio.run(fire()))
             assert s.process.wait(60) == 0
+        rows = [json.loads(x) for x in s.log.read_text().splitlines()]
+        logged = Counter(r["status"] for r in rows if r.get("route") == "/v1/predict")
+        assert logged == Counter({k: v for k, v in got.items() if isinstance(k, int)}), "each request that was read is answered, once"
+        totals += got
     say("SIGTERM", ends=ends, **{str(k): v for k, v in totals.items()})
-    assert set(totals) <= {200, 429, 503, "ConnectError"}
+    assert set(totals) <= {200, 429, 503, "ConnectError", "ReadError"}
 
 
 def test_two_servers_and_a_restart_share_one_limit(model, tmp_path):

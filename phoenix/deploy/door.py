@@ -275,7 +275,7 @@ async def _read(house, headers, access, receive, asked):
     cap = _declared(headers, access, house.limits)
     if house.reading + cap > house.limits.reading_mb*2**20: raise busy(house.limits.body_s/4)
     house.reading += cap
-    slow = asyncio.get_running_loop().call_later(.25, _give_up, house, asked)
+    slow = asyncio.get_running_loop().call_later(.05, _give_up, house, asked)
     try:
         async with asyncio.timeout(house.limits.body_s): return await _body(receive, cap, asked), cap
     except TimeoutError:

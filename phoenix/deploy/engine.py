@@ -260,7 +260,8 @@ def as_input(
     channels:int, # of the network's input
 )->np.ndarray: # `(N,channels,h,w)` float32 in [0,1]
     "Pictures as the network takes them, as `Package.images` makes them"
-    return np.repeat(stack.astype(np.float32)/np.float32(255), channels//stack.shape[1], axis=1)
+    x, times = np.divide(stack, np.float32(255), dtype=np.float32), channels//stack.shape[1]
+    return x if times == 1 else np.repeat(x, times, axis=1)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #00873810
 def _ramp(size, slices):
@@ -306,14 +307,14 @@ def make_model(
         if key not in packages:
             runtime, _, folder = key.partition(":")
             package = load_package(folder)
-            packages[key] = package, runtime, _facts(package, runtime, threads), _judged(package, runtime, threads)
+            facts = _facts(package, runtime, threads)
+            ramp = _ramp(facts["size"], facts["slices"])[0]
+            packages[key] = package, runtime, facts, _judged(package, runtime, threads), ramp
         return packages[key]
     def infer(key, items, parts):
-        try: package, runtime, facts, judged = opened(key)
+        try: package, runtime, facts, judged, ramp = opened(key)
         except PhoenixError as e: return [({"error": str(e), "kind": "model"}, b"") for _ in items]
-        shape = (facts["slices"], *facts["size"])
-        ramp = _ramp(facts["size"], facts["slices"])[0]
-        x = [np.frombuffer(p, np.uint8).reshape(shape) if len(p) else ramp for p in parts]
+        x = [np.frombuffer(p, np.uint8).reshape(ramp.shape) if len(p) else ramp for p in parts]
         x = as_input(np.stack(x), facts["channels"])
         logits = package.logits(x, runtime, threads)
         return [({"probs": p.tolist(), "logits": z.tolist(), "finding": judged(one) if part else None}

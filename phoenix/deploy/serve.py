@@ -12,6 +12,7 @@ __all__ = ['PICTURES', 'ACCESS', 'uploads', 'upload', 'schemas', 'refusals', 'cr
 import asyncio
 import base64
 import contextlib
+import gc
 import getpass
 import json
 import logging
@@ -304,8 +305,11 @@ def create_app(
 
 
 async def _start(service):
-    "Start the service; a server whose model can't be opened ends at once and says why"
-    try: await service.start()
+    "Start the service, then let Python forget what stays; a server whose model can't be opened ends and says why"
+    try:
+        await service.start()
+        gc.collect()
+        gc.freeze()
     except (PhoenixError, OSError) as e:
         logging.getLogger("phoenix.serve").critical("the server must open its model, but %s", e)
         service.failed = str(e)
@@ -335,6 +339,10 @@ async def _serve(door, config, sock, notice_s):
             if door.house.state == "draining": return super().handle_exit(sig, frame)
             door.house.state = "draining"
             loop.call_soon_threadsafe(loop.call_later, notice_s, lambda: setattr(self, "should_exit", True))
+        async def shutdown(self, sockets=None):
+            for server in self.servers: server.close()
+            await asyncio.sleep(.2)
+            await super().shutdown(sockets)
     await Server(config).serve(sockets=[sock])
 
 # %% ../../nbs/56e_deploy.serve.ipynb #2b694af4

@@ -130,6 +130,7 @@ class Service:
         self.engine = Engine(o.engine)
         self.house = House(dict(access), o.door, self.admit, self.full, self.noted, lambda h: trace_of(h).trace_id)
         self.state, self.served, self.trouble, self.canary_ok, self.checked = None, {}, "", False, 0.
+        self.proving = {} # by key and scope: an Argon2 hash that is under way
         self.working, self.kept, self.tasks, self.entries, self.used = set(), 0, set(), deque(), Counter()
         self.threads, self.doubtful = ThreadPoolExecutor(4, "store"), ThreadPoolExecutor(1, "keys")
         self.desk = Desk(self.keyring, self.limiter, self.threads)
@@ -173,8 +174,8 @@ async def admit(self:Service,
     if mark in self.known and len(self.desk.line) > 256: raise busy(1)
     if mark in self.known: who, decision = await self.desk.ask(text, access.scope, access.work)
     if who is None:
-        who = await self._prove(mark, text, access.scope)
-        if access.work: who, decision = await self.desk.ask(text, access.scope, True)
+        await self._prove(mark, text, access.scope)
+        who, decision = await self.desk.ask(text, access.scope, access.work)
         if who is None: raise Refusal(401, "a key must stay valid in use, this one did not: get another", "key")
     if decision and not decision.ok:
         raise Refusal(429, f"a key must stay within its plan, the {decision.reason} has no room: come again after "
@@ -184,15 +185,23 @@ async def admit(self:Service,
 # %% ../../nbs/56d_deploy.service.ipynb #5508bc8e
 @patch
 async def _prove(self:Service, mark, text, scope):
-    "Who is behind a key that the desk does not recognise; raises `Refusal`"
-    pool = self.threads if mark in self.known else self.doubtful
-    if pool._work_queue.qsize() > (256 if mark in self.known else 16): raise busy(1)
-    try: who = await asyncio.get_running_loop().run_in_executor(pool, self.keyring.authorize, text, scope)
+    "Prove a key that the desk does not recognise, once for all who ask with it now; raises `Refusal`"
+    if (mark, scope) not in self.proving: self._begin_proof(mark, text, scope)
+    try: await asyncio.shield(self.proving[mark, scope])
     except KeyRefused as e:
         if e.status == 401: self.known.discard(mark)
         raise Refusal(e.status, str(e), "key") from None
     if len(self.known) < 10_000: self.known.add(mark)
-    return who
+
+
+@patch
+def _begin_proof(self:Service, mark, text, scope):
+    "Prove a key in a thread, if there is room for that"
+    pool = self.threads if mark in self.known else self.doubtful
+    if pool._work_queue.qsize() > (256 if mark in self.known else 16): raise busy(1)
+    proof = asyncio.get_running_loop().run_in_executor(pool, self.keyring.authorize, text, scope)
+    self.proving[mark, scope] = proof
+    proof.add_done_callback(lambda f: (self.proving.pop((mark, scope), None), f.cancelled() or f.exception()))
 
 # %% ../../nbs/56d_deploy.service.ipynb #02d69364
 @patch
@@ -232,7 +241,8 @@ def _write_down(self:Service,
     ms:float, # it took
 )->None:
     "Queue an audit entry"
-    if asked.status >= 400 and len(self.entries) > 500: return self.meters.audit_dropped.inc()
+    room = 50 if asked.kind == "full" else 500
+    if asked.status >= 400 and len(self.entries) > room: return self.meters.audit_dropped.inc()
     who = dict(tenant=asked.who.tenant, key_id=asked.who.key_id) if asked.who else {}
     event = re.sub(r"[^a-z.]", "", asked.route.removeprefix("/v1").strip("/").replace("/", ".")) or "page"
     self.entries.append(dict(event=event, trace_id=asked.trace_id, status=asked.status, ms=ms, **who))

@@ -14,7 +14,9 @@ import importlib
 import json
 import math
 import os
+import queue
 import resource
+import select
 import signal
 import socket
 import struct
@@ -121,6 +123,17 @@ def _entry(name):
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
+# %% ../../nbs/56_deploy.worker.ipynb #ecc75a01
+def _ahead(sock):
+    "Frames, the next one read by a thread while the last one is worked on; ends when the other side hangs up"
+    line = queue.Queue(1)
+    def read():
+        try:
+            while True: line.put(receive_frame(sock))
+        except (EOFError, OSError): line.put(None)
+    threading.Thread(target=read, name="ahead", daemon=True).start()
+    return iter(line.get, None)
+
 # %% ../../nbs/56_deploy.worker.ipynb #6481dbb9
 def child_main(
     fd:int, # of the socket shared with the parent
@@ -135,8 +148,7 @@ def child_main(
         except PhoenixError as e: return send_frame(sock, {"error": str(e)})
         send_frame(sock, {})
         try:
-            while True:
-                head, parts = receive_frame(sock)
+            for head, parts in (_ahead(sock) if head["ahead"] else iter(lambda: receive_frame(sock), None)):
                 said = answer(head["key"], head["items"], parts)
                 send_frame(sock, {"items": [h for h, _ in said]}, [p for _, p in said])
         except (EOFError, ConnectionError): return
@@ -164,6 +176,7 @@ class Child:
         *,
         threads:int=1, # of numerical libraries
         path:Sequence[str]=(), # folders put before the module path
+        ahead:bool=False, # read the next batch while it works on one
         start_s:float=90., # until it must be ready
     ):
         ours, theirs = socket.socketpair()
@@ -173,7 +186,7 @@ class Child:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=child_environment(threads, path))
         self.sock = ours
         try:
-            send_frame(ours, {"entry": entry, "setup": setup})
+            send_frame(ours, {"entry": entry, "setup": setup, "ahead": ahead})
             head, _ = receive_frame(ours, time.monotonic() + start_s)
         except (OSError, EOFError): head = {"error": f"the child must start, {entry} did not: see its messages above"}
         if "error" in head:
@@ -227,6 +240,7 @@ class Workers:
         self.waiting, self.suspects = deque(), deque() # suspects: jobs of a batch that killed a child
         self.held, self.deaths, self.sizes, self.busy_s = 0, 0, Counter(), 0.
         self.children, self.trouble = {}, ""
+        self.ahead = min(options.batch, 2) # batches that a child is given at once
 
     @property
     def ready(self)->bool: # whether a child can work now
@@ -300,12 +314,12 @@ def _next_batch(self:Workers, busy):
 
 # %% ../../nbs/56_deploy.worker.ipynb #e14c1b5a
 @patch
-def _take(self:Workers, child, busy=False):
-    "The next batch for a child: waits for one unless it is busy; empty at the end, EOFError when the child is dead"
+def _take(self:Workers, child, busy=False, wait=True):
+    "The next batch for a child, waited for or not; empty at the end, EOFError when the child is dead"
     while True:
         with self.cond:
             gone, batch = self._drop_stale(), self._next_batch(busy)
-            over = busy or self.closing and not self.waiting and not self.suspects
+            over = not wait or self.closing and not self.waiting and not self.suspects
             if not (gone or batch or over):
                 oldest = self.waiting[0].since + self.options.delay_s if self.waiting else math.inf
                 self.cond.wait(min(max(oldest - time.monotonic(), 1e-4), .2))
@@ -315,30 +329,48 @@ def _take(self:Workers, child, busy=False):
 
 # %% ../../nbs/56_deploy.worker.ipynb #82bb5dc5
 @patch
-def _answer(self:Workers, batch, head, parts):
+def _answer(self:Workers, batch, items, parts):
     "Hand each job of a batch its answer"
-    items = head.get("items")
-    if not isinstance(items, list) or not len(items) == len(parts) == len(batch):
-        raise EOFError("a child must answer each item of its batch")
     for job, item, part in zip(batch, items, parts):
         if "error" in item: _settle(job, error=WorkError(item["error"], item.get("kind", "refused")))
         else: _settle(job, (item, bytes(part)))
 
 
 @patch
+def _feed(self:Workers, child, flight, wait=False):
+    "Send a child what it can take now; where it has nothing, it may wait"
+    while len(flight) < self.ahead:
+        batch = self._take(child, busy=bool(flight), wait=wait and not flight)
+        if not batch: return
+        flight.append(batch)
+        send_frame(child.sock, {"key": batch[0].key, "items": [j.head for j in batch]}, [j.raw for j in batch])
+
+
+@patch
+def _hear(self:Workers, child, flight):
+    "The items and parts that a child says to its first batch; what fills up meanwhile is sent"
+    until, ready = time.monotonic() + self.options.limit_s, select.poll()
+    ready.register(child.sock, select.POLLIN)
+    while len(flight) < self.ahead and not ready.poll(2) and time.monotonic() < until: self._feed(child, flight)
+    head, parts = receive_frame(child.sock, until)
+    items = head.get("items")
+    if not isinstance(items, list) or not len(items) == len(parts) == len(flight[0]):
+        raise EOFError("a child must answer each item of its batch")
+    return items, parts
+
+# %% ../../nbs/56_deploy.worker.ipynb #6bbbc71d
+@patch
 def _converse(self:Workers, child, flight):
     "Work with one child until the queue closes; leaves by an exception when the child is gone"
     while True:
-        while len(flight) < (2 if self.options.batch > 1 else 1):
-            batch = self._take(child, busy=bool(flight))
-            if not batch: break
-            flight.append(batch)
-            send_frame(child.sock, {"key": batch[0].key, "items": [j.head for j in batch]}, [j.raw for j in batch])
+        self._feed(child, flight, wait=True)
         if not flight: return
         start = time.monotonic()
-        self._answer(flight[0], *receive_frame(child.sock, start + self.options.limit_s))
-        self.sizes[len(flight.popleft())] += 1
-        self.busy_s += time.monotonic() - start
+        items, parts = self._hear(child, flight)
+        batch, self.busy_s = flight.popleft(), self.busy_s + time.monotonic() - start
+        self.sizes[len(batch)] += 1
+        try: self._feed(child, flight)
+        finally: self._answer(batch, items, parts)
 
 # %% ../../nbs/56_deploy.worker.ipynb #cd7f24b6
 _POISON = "a request must not kill the process that works on it, this one did twice: check the file"
@@ -370,7 +402,8 @@ def _tend(self:Workers, slot, started):
     "The life of one place among the children"
     pause, flight = .1, deque()
     while not (self.closing and not self.depth):
-        try: child = Child(self.entry, self.setup, threads=self.options.threads, path=self.path)
+        try: child = Child(self.entry, self.setup, threads=self.options.threads, path=self.path,
+                           ahead=self.ahead > 1)
         except WorkError as e:
             self.trouble = str(e)
             started.set()
