@@ -216,12 +216,12 @@ class CavBank:
     def __post_init__(self):
         if odd := {c.kind for c in self.concepts}-{'artefact','medical'} or not self.concepts or not self.randoms:
             raise ConceptError(f"a bank must hold artefact or medical concepts and random sets, got {odd}.")
-        if isinstance(self.randoms, Mapping) and (bare := {c.kind for c in self.concepts if not self.randoms.get(c.kind)}):
+        if isinstance(self.randoms, Mapping) and (bare := {c.kind for c in self.concepts if not self.against(c.kind)}):
             raise ConceptError(f"each kind of concept must have counterparts, got none for {', '.join(sorted(bare))}.")
 
     def against(self, kind:str)->list[ConceptSet]: # what a kind of concept is held against
         "The counterparts of a kind"
-        return list(self.randoms[kind] if isinstance(self.randoms, Mapping) else self.randoms)
+        return list(self.randoms.get(kind, ()) if isinstance(self.randoms, Mapping) else self.randoms)
 
     def key(self, state:str, concept:ConceptSet)->tuple: return state, self.layer, concept.sha256
 
