@@ -255,6 +255,7 @@ def map_stability(
     x:Tensor, # `(N,C,H,W)` pixels in [0,1]
     *,
     eps:float = 2/255, # bound of the change
+    layer:str|None = None, # whose map; `last_map` if None
     batch:int = 32, # pictures at once
 )->np.ndarray: # `(N,)` in [0,1]: SSIM of Grad-CAM before and after FGSM, negative values as 0
     "How much of an explanation survives a change that nobody sees"
@@ -262,7 +263,8 @@ def map_stability(
     for part in x.split(batch):
         y = model(part).argmax(1).detach()
         after = fgsm(model, part, y, eps=eps)
-        parts.append(ssim(grad_cam(model, part, y), grad_cam(model, after, y)).detach().clamp(0, 1).cpu().numpy())
+        a, b = (grad_cam(model, p, y, layer=layer).detach() for p in (part, after))
+        parts.append(ssim(a, b).clamp(0, 1).cpu().numpy())
     return np.concatenate(parts)
 
 # %% ../../nbs/49_evaluate.parts.ipynb #8292813b

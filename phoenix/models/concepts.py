@@ -208,7 +208,7 @@ def weights_sha256(
 class CavBank:
     "Concepts with their directions at a layer, for as many states of a network as were asked about"
     concepts:Sequence[ConceptSet] # of kinds 'artefact' and 'medical'
-    randoms:Sequence[ConceptSet] # counterparts, pooled
+    randoms:Sequence[ConceptSet]|Mapping[str,Sequence[ConceptSet]] # counterparts, pooled; for all kinds or for each
     layer:str # path of a module
     kind:str='logistic' # of classifier
     store:dict=field(default_factory=dict) # (hash of weights, layer, hash of set) → direction, worth
@@ -216,6 +216,12 @@ class CavBank:
     def __post_init__(self):
         if odd := {c.kind for c in self.concepts}-{'artefact','medical'} or not self.concepts or not self.randoms:
             raise ConceptError(f"a bank must hold artefact or medical concepts and random sets, got {odd}.")
+        if isinstance(self.randoms, Mapping) and (bare := {c.kind for c in self.concepts if not self.against(c.kind)}):
+            raise ConceptError(f"each kind of concept must have counterparts, got none for {', '.join(sorted(bare))}.")
+
+    def against(self, kind:str)->list[ConceptSet]: # what a kind of concept is held against
+        "The counterparts of a kind"
+        return list(self.randoms.get(kind, ()) if isinstance(self.randoms, Mapping) else self.randoms)
 
     def key(self, state:str, concept:ConceptSet)->tuple: return state, self.layer, concept.sha256
 
@@ -226,10 +232,11 @@ def cavs(
 )->dict[str,tuple[Tensor,Worth]]: # concept → direction `(c,)` without gradient, and its worth
     "The directions of a bank for a network's present weights"
     state, device = weights_sha256(model), next(model.parameters()).device
-    if missing := [c for c in bank.concepts if bank.key(state, c) not in bank.store]:
-        other = np.concatenate([concept_features(model, r.patches, bank.layer) for r in bank.randoms])
-        theirs = np.concatenate([r.origin.source for r in bank.randoms])
-        for c in missing:
+    missing = [c for c in bank.concepts if bank.key(state, c) not in bank.store]
+    for kind in {c.kind for c in missing}:
+        other = np.concatenate([concept_features(model, r.patches, bank.layer) for r in bank.against(kind)])
+        theirs = np.concatenate([r.origin.source for r in bank.against(kind)])
+        for c in (c for c in missing if c.kind==kind):
             own = concept_features(model, c.patches, bank.layer)
             worth = direction_worth(own, other, [*c.origin.source, *theirs], bank.kind)
             bank.store[bank.key(state, c)] = torch.tensor(direction(own, other, bank.kind), dtype=torch.float32), worth
