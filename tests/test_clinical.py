@@ -325,6 +325,53 @@ def test_real_scans_to_reports(real_data, package, tmp_path):
     assert any("spacing may be lost" in d for d in study.doubts)
 
 
+def fields_package(folder, pictures, labels):
+    "A model folder: a matrix of field means, fitted by least squares"
+    from phoenix.data.pixels import read_pixels
+    made, classes = Preprocess(size=(32, 32), normalise="range"), sorted(set(labels))
+    fields = np.stack([made(read_pixels(p).grey).reshape(8, 4, 8, 4).mean((1, 3)).ravel()/255 for p in pictures])
+    marks = 2.*(np.asarray(labels)[:, None] == classes) - 1
+    weights = np.linalg.solve(fields.T@fields + np.eye(64), fields.T@marks)*2
+    return make_package(folder, network(f"{folder}.onnx", weights, (8, 8)), classes, preprocess=made, synthetic=True)
+
+
+def test_calibrate_makes_the_drift_reference_where_pictures_suffice(tmp_path):
+    "The command itself: what it says, what the folder holds, that the reference sees drift, and dies with its network"
+    from typer.testing import CliRunner
+
+    from phoenix.cli import _part, app
+    from phoenix.data.duplicates import find_pairs, scan
+    from phoenix.data.phantom import make_phantom
+    from phoenix.data.pixels import read_pixels
+    from phoenix.data.splits import make_split
+    from phoenix.deploy.drift import DriftError, describe, find_reference, input_facts, judge_window
+    from phoenix.deploy.drift import _project
+    raw, split = tmp_path/"raw", tmp_path/"split.json"
+    make_phantom(raw, patients=48, slices=3, size=64)
+    manifest = scan(raw)
+    make_split(manifest, find_pairs(manifest), fractions=(.3, .5, .2), seed=1).save(split)
+    parts = {k: _part(raw, split, k) for k in ("train", "valid", "test")}
+    files = {k: [raw/p for p in rows.path] for k, rows in parts.items()}
+    assert len(files["valid"]) >= 48 and parts["valid"].group.nunique() >= 10
+    package = fields_package(tmp_path/"model", files["train"], list(parts["train"].label))
+    done = CliRunner().invoke(app, ["calibrate", str(package.path), str(raw), str(split), "--runtime", "fp32", "--json"])
+    said = json.loads(done.stdout)
+    package = load_package(package.path)
+    reference = find_reference(package, "fp32")
+    assert done.exit_code == 0 and said["drift"] == f"windows of {reference.window}" and said["pictures"] == len(files["valid"])
+    assert {"decision.json", "drift.fp32.json", "drift.fp32.safetensors"} <= set(package.hashes)
+    greys = [read_pixels(p).grey for p in (files["test"]*2)[:reference.window]]
+    assert len(greys) == reference.window
+    def p_values(pictures):
+        broken = [bool(reference.violations(input_facts(g))) for g in pictures]
+        z = _project(reference.arrays, np.stack([describe(g) for g in pictures]))
+        return judge_window(reference, z, np.zeros(len(z), int), np.array(broken)), np.mean(broken)
+    (calm, few), (drift, many) = p_values(greys), p_values([(g*.3).astype(np.uint8) for g in greys])
+    assert min(calm["embedding"], calm["contract"]) > .01 and min(drift["embedding"], drift["contract"]) < .005 and many > few
+    changed = add_runtime(package.path, "fp32", network(tmp_path/"other.onnx", np.ones((64, 4)), (8, 8)), {"ok": True})
+    with pytest.raises(DriftError, match="calibrate again"): find_reference(changed, "fp32")
+
+
 @pytest.mark.slow
 def test_the_commands(tmp_path):
     "acquire, split, calibrate, scan: a linear network of field means on the phantom"

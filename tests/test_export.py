@@ -43,7 +43,7 @@ def test_int8_stays_close(name, tmp_path):
     assert signal > .02 and noise < .75*signal  # untrained: .20 to .57 over eight draws; a wrapped cast is far above 1
     assert max(weight_errors(fp32, int8).values()) < .011
     assert not set(quantised_nodes(int8)) & set(float_nodes(fp32))
-    if name != 'plain_tiny_ca': assert done['size_ratio'] < .36
+    if name != 'plain_tiny_ca': assert done['size_ratio'] <= .3
 
 
 def test_rectangles_channels_and_fixed_batch(tmp_path):

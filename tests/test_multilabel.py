@@ -8,7 +8,6 @@ import pytest
 from fastcore.xtras import modified_env
 
 from phoenix import cli
-from phoenix.data.acquire import build_manifest
 from phoenix.data.mimics import make_mimic
 from phoenix.data.organs import label_matrix
 from phoenix.deploy.package import load_package, sigmoid
@@ -23,7 +22,7 @@ FEW = dict(model="simple_cifar_net", size=32, epochs=3)
 def way(tmp_path_factory):
     "Trained, exported and quantised as a user types it"
     at = tmp_path_factory.mktemp("labels")
-    make_mimic("padchest", at/"raw", groups=60, size=40)
+    make_mimic("padchest", at/"raw", groups=40, size=40)
     places = {f"PHOENIX_{k}": str(v) for k, v in dict(RUNS_DIR=at/"runs", CACHE_DIR=at/"cache", THREADS=1, BATCH_SIZE=8,
                                                        BOOTSTRAPS=100, LR=.005).items()}
     with modified_env(**places):
@@ -32,11 +31,12 @@ def way(tmp_path_factory):
         model = cli.Path(trained.data["model"])
         cli.export(model, at/"raw", at/"split.json")
         int8 = cli.quantize(model, at/"raw", at/"split.json", images=32)
-        yield SimpleNamespace(at=at, set=(at/"raw", at/"split.json"), model=model, int8=int8, scores=trained.data)
+        held = cli._held(at/"raw", at/"split.json") # read once for all tests
+        yield SimpleNamespace(at=at, set=(at/"raw", at/"split.json"), model=model, int8=int8, scores=trained.data, held=held)
 
 
 def side_of(way, name):
-    manifest, cert = cli._held(*way.set)
+    manifest, cert = way.held
     rows = cli._rows(manifest, cert, name)
     return rows, label_matrix(rows.label, manifest.classes)
 
@@ -93,7 +93,7 @@ def test_folds_keep_the_unknown_and_never_ask_a_network_about_its_own(way):
     once = FEW | dict(epochs=1)
     done = cli.cross_validation(*way.set, way.at/"folds", folds=3, loss="focal", **once)
     oof = check_out_of_fold(load_out_of_fold(way.at/"folds/out_of_fold.csv"))
-    manifest, cert = cli._held(*way.set)
+    manifest, cert = way.held
     inside = sorted(cert.paths("train") + cert.paths("valid"))
     assert oof.task == "labels" and list(oof.table.path) == inside
     texts = manifest.table.set_index("path").label.loc[inside]
@@ -114,7 +114,7 @@ def test_parts_without_a_meaning_for_several_labels_say_so(way):
     from phoenix.train.ensembles import align
     oof = load_out_of_fold(way.at/"folds/out_of_fold.csv")
     package, store = load_package(way.model), str(way.at/"s.db")
-    manifest, cert = cli._held(*way.set)
+    manifest, cert = way.held
     asked = {"do not exclude": [lambda: summarise_folds(oof), lambda: align([oof, oof]),
                                 lambda: fit_decision(package, [], [], []),
                                 lambda: judge_prepared(package, None, np.zeros((1, 32, 32), np.float32)),
@@ -147,4 +147,4 @@ def test_a_second_engine_and_the_pipeline_answer_as_the_folder_does(way):
     whole = export_pipeline(package, way.at/"whole.onnx")
     said = check_pipeline(package, whole, [(read_pixels(f).grey >> 8).astype(np.uint8) for f in files]) # a pipeline takes 8 bits
     assert said["ok"], said
-    assert build_manifest(way.at/"raw", progress=False).task == "labels"
+    assert way.held[0].task == "labels"

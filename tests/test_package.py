@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from phoenix.data.preprocess import Preprocess
-from phoenix.deploy.package import FILES, PackageError, add_runtime, load_package, save_package, seal_of, verify_package
+from phoenix.deploy.package import FILES, LIMITS, PackageError, add_runtime, load_package, save_package, seal_of, verify_package
 from phoenix.records import read_json, sha256_file, write_json
 
 STATED = dict(model_name="mean", model_args={"c_in": 1}, classes=["bright", "dark"], preprocess=Preprocess(size=(32, 32)),
               certificate_sha256="c"*64, run_hash="r"*64, metrics={"accuracy": .75}, threshold=.8, synthetic=True, published=False)
+FAIR = dict(ok=True, accuracy_fp32=.9, accuracy_int8=.9, accuracy_change_low=0., agreement=1., worst_class_change=0., limits=LIMITS)
 WEIGHTS = {"w": np.array([[8., 0.]], np.float32)}
 
 
@@ -35,7 +36,7 @@ def model(tmp_path):
     "A whole model folder with both runtimes"
     save_package(tmp_path/"model", state_dict=WEIGHTS, **STATED)
     for runtime in ("fp32", "int8"):
-        add_runtime(tmp_path/"model", runtime, network(tmp_path/"n.onnx"), {"ok": True, "agreement": 1.})
+        add_runtime(tmp_path/"model", runtime, network(tmp_path/"n.onnx"), FAIR)
     return tmp_path/"model"
 
 

@@ -10,6 +10,7 @@ import torch
 from phoenix.data.phantom import phantom_slice
 from phoenix.data.pixels import read_pixels
 from phoenix.data.preprocess import Preprocess
+from phoenix.deploy.certificate import certify
 from phoenix.deploy.engines import ENGINES, open_network
 from phoenix.deploy.export import check_parity, export_onnx, fused_census, idle_nodes, node_census
 from phoenix.deploy.package import add_runtime, load_package, save_package
@@ -96,7 +97,7 @@ def test_both_engines_on_500_real_and_500_attacked_pictures(name, real_data, tmp
     hold(trained(name, x, y, 20), x, y, 3, tmp_path/"m.onnx")
 
 
-def folder_of(net, name, x, size, tmp_path):
+def folder_of(net, name, x, y, size, tmp_path):
     "A model folder with float and 8-bit files, and OpenVINO's certificates"
     save_package(tmp_path/"m", model_name=name, model_args=dict(n_classes=4), state_dict=net.state_dict(), classes=CLASSES,
                  preprocess=Preprocess(size=(size, size)), certificate_sha256="c"*64, run_hash="r"*64,
@@ -104,7 +105,7 @@ def folder_of(net, name, x, size, tmp_path):
     path = export_onnx(net, tmp_path/"net.onnx", size=size)
     add_runtime(tmp_path/"m", "fp32", path, check_parity(net, path, x))
     quantize_int8(path, tmp_path/"int8.onnx", x)
-    add_runtime(tmp_path/"m", "int8", tmp_path/"int8.onnx", {"ok": True})
+    add_runtime(tmp_path/"m", "int8", tmp_path/"int8.onnx", certify(path, tmp_path/"int8.onnx", x, y))
     return {k: certify_engine(load_package(tmp_path/"m"), x, k) for k in ("fp32", "int8")}
 
 
@@ -114,7 +115,7 @@ def test_pipelines_and_8_bits_on_real_pictures(real_data, tmp_path):
     greys, y = reals(real_data, 200)
     x = prepared(greys, 128)
     net = trained("neurosnake_tiny_ca", x, y, 20)
-    certificates = folder_of(net, "neurosnake_tiny_ca", x, 128, tmp_path)
+    certificates = folder_of(net, "neurosnake_tiny_ca", x, y, 128, tmp_path)
     print(certificates)
     assert all(c["ok"] for c in certificates.values())
     package = load_package(tmp_path/"m")

@@ -25,7 +25,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .engines import open_network
+from .engines import open_network, turns
 from .package import Package
 from ..records import write_json
 from ..settings import PhoenixError
@@ -92,12 +92,11 @@ def bench(
         for call in sessions.values(): call()
     gc.disable()
     try:
-        for r in range(runs):
-            for k in names[r%len(names):] + names[:r%len(names)]: # nobody always goes first
-                start, used = time.perf_counter_ns(), time.process_time_ns()
-                sessions[k]()
-                spent[k].append((time.process_time_ns()-used)/1e6)
-                wall[k].append((time.perf_counter_ns()-start)/1e6)
+        for _,k in turns(names, runs): # nobody always goes first, or after the same
+            start, used = time.perf_counter_ns(), time.process_time_ns()
+            sessions[k]()
+            spent[k].append((time.process_time_ns()-used)/1e6)
+            wall[k].append((time.perf_counter_ns()-start)/1e6)
     finally:
         if was: gc.enable()
     table = pd.DataFrame([_row(k, sessions[k], wall[k], spent[k], warmup) for k in names])

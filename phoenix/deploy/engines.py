@@ -6,14 +6,14 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.engines.html.md"""
 
 # %% auto #0
 __all__ = ['ENGINES', 'EngineError', 'check_engine', 'open_onnxruntime', 'leave_roundings', 'OpenVinoSession', 'open_network',
-           'engine_times']
+           'turns', 'engine_times']
 
 # %% ../../nbs/49d_deploy.engines.ipynb #1b633e61
 import io
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto
 
+from ..keys import permutation
 from ..settings import PhoenixError, did_you_mean
 
 # %% ../../nbs/49d_deploy.engines.ipynb #7752e842
@@ -139,7 +140,7 @@ class OpenVinoSession:
         x = np.ascontiguousarray(feeds[self.inputs.name])
         with self.lock:
             request = self.request(x.shape)
-            request.infer({0:x})
+            request.infer({0:x}, share_inputs=True, share_outputs=True)
             return [request.get_output_tensor(i).data.copy() for i in range(self.outputs)]
 
 # %% ../../nbs/49d_deploy.engines.ipynb #a085da27
@@ -152,6 +153,14 @@ def open_network(
     check_engine(engine)
     return (open_onnxruntime if engine=='onnxruntime' else OpenVinoSession)(network, threads)
 
+# %% ../../nbs/49d_deploy.engines.ipynb #b49dd930
+def turns(
+    names:Sequence[str], # who takes part
+    rounds:int, # how often each has its turn
+)->Iterator[tuple[int,str]]: # round and name
+    "Everybody once a round, each round in another order, the same for the same round"
+    for r in range(rounds): yield from ((r, names[i]) for i in permutation(len(names), 0, 'turns', r))
+
 # %% ../../nbs/49d_deploy.engines.ipynb #1f8134da
 def engine_times(
     sessions:Mapping[str,object], # engine → session
@@ -162,10 +171,9 @@ def engine_times(
     if not sessions or runs<1:
         raise EngineError(f"a race must have sessions and runs at least 1, got {len(sessions)} and {runs}: give some.")
     times = {k:[] for k in sessions}
-    for r in range(runs+3):
-        for k,s in sessions.items():
-            start = time.perf_counter()
-            s.run(None, {s.get_inputs()[0].name:image})
-            if r>=3: times[k].append(time.perf_counter()-start)
+    for r,k in turns(list(sessions), runs+3):
+        start, s = time.perf_counter(), sessions[k]
+        s.run(None, {s.get_inputs()[0].name:image})
+        if r>=3: times[k].append(time.perf_counter()-start)
     medians = {k:float(np.median(t))*1000 for k,t in times.items()}
     return dict(sorted(medians.items(), key=lambda o: o[1]))

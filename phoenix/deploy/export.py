@@ -48,11 +48,12 @@ def make_session(
 def share_integers(
     g:GraphProto, # changed in place
 )->None:
-    "Keep one copy of equal whole-number constants of more than 64 bytes, and indices of Gather in 32 bits"
+    "Keep one copy of equal whole-number constants of more than 64 bytes but weights, and indices of Gather in 32 bits"
     readers, known, same = collections.defaultdict(set), {}, {}
     for n in g.node:
         for i,t in enumerate(n.input): readers[t].add((n.op_type, i))
-    whole = {t.name:t for t in g.initializer if t.data_type!=onnx.TensorProto.FLOAT}
+    def weight(t): return t.data_type==onnx.TensorProto.INT8 and len(t.dims)>1
+    whole = {t.name:t for t in g.initializer if t.data_type!=onnx.TensorProto.FLOAT and not weight(t)}
     for t in whole.values():
         v = numpy_helper.to_array(t)
         if v.dtype==np.int64 and readers[t.name]=={('Gather', 1)}:

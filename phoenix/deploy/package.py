@@ -335,7 +335,7 @@ _FIGURES = "accuracy_fp32 accuracy_int8 accuracy_change_low agreement worst_clas
 
 def _unheld(certificate, figures, limits, rules):
     "What is not stated, or else what does not hold"
-    L = certificate["limits"]
+    L = certificate.get("limits", {})
     if absent := [k for k in figures if k not in certificate] + [k for k in limits if k not in L]:
         return [f"must be stated and is not: {', '.join(absent)}"]
     return [f"must hold and does not: {text}" for holds, text in rules(certificate, L) if not holds]
@@ -369,17 +369,24 @@ def label_verdict(
 
 # %% ../../nbs/50_deploy.package.ipynb #0d3f0905
 def _check_seal(name, p):
-    "Refuse a certificate that was edited, or whose figures do not carry its verdict"
+    "Refuse a certificate that was edited"
     if p.get("seal") != seal_of(p):
         raise PackageError(f"The certificate of {name} must be as it was sealed, it is not; certify it again")
-    says = label_verdict if p.get("task") == "labels" else verdict
-    if p["ok"] and (p.get("reasons") or ("limits" in p and says(p))):
-        raise PackageError(f"The verdict on {name} must follow from its figures, it does not; certify it again")
 
 
-def _check_before(runtime, network, p):
+def _check_figures(task, runtime, p):
+    "Refuse a verdict that its figures do not carry; one on 8 bits must have figures and limits"
+    says = label_verdict if task == "labels" else verdict
+    if p["ok"] and (wrong := [*p.get("reasons", []), *(says(p) if runtime == "int8" else [])]):
+        make = "certify_labels" if task == "labels" else "certify"
+        raise PackageError(f"The verdict on {RUNTIMES[runtime]} must follow from its figures, it does not: {wrong[0]}; "
+                           f"make the certificate with {make}")
+
+
+def _check_before(task, runtime, network, p):
     "Refuse a certificate that does not hold, or of another file, before anything is written"
     if "seal" in p: _check_seal(RUNTIMES[runtime], p)
+    _check_figures(task, runtime, p)
     if p.get(f"{runtime}_sha256", "") not in ("", sha256_file(network)):
         raise PackageError(f"The certificate must be of the file that is added as {runtime}, it is of another; "
                            "certify this one")
@@ -403,7 +410,7 @@ def add_runtime(
     "Put an ONNX network with its parity certificate into a model folder"
     _check_runtime(runtime)
     package, certificate = load_package(folder), _certificate(parity)
-    _check_before(runtime, network, certificate)
+    _check_before(package.task, runtime, network, certificate)
     net = onnx.load(str(network))
     onnx.helper.set_model_props(net, {p.key: p.value for p in net.metadata_props} | _identity(package))
     data = net.SerializeToString()
@@ -457,6 +464,7 @@ def _check_parity(package, runtime, engine, data):
     if p.get("sha256") != sha256_bytes(data):
         raise PackageError(f"{name} must be the network that was certified, it is another; certify it again")
     if runtime == "int8" or "seal" in p: _check_seal(name, p)
+    _check_figures(package.task, runtime, p)
     if engine != "onnxruntime" and p.get("engines", {}).get(engine, {}).get("ok") is not True:
         raise PackageError(f"{name} must have a certificate with {engine} that says ok, it has not; certify that "
                            "engine, or use onnxruntime")

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import log_softmax
 
-from .engines import open_network
+from .engines import open_network, turns
 from .quantize import partly_float, quantize_int8, quantised_nodes, run_logits
 from ..settings import PhoenixError
 
@@ -79,12 +79,11 @@ def latencies(
     if runs<1 or not files: raise PhoenixError(f"there must be files and runs, got {len(files)} and {runs}.")
     engines, times = engines or {}, {k:[] for k in files}
     sessions = {k:open_network(p, engines.get(k, 'onnxruntime')) for k,p in files.items()}
-    names, feed = list(files), {next(iter(sessions.values())).get_inputs()[0].name:image.astype(np.float32)}
-    for r in range(warmup+runs):
-        for k in names[r%len(names):]+names[:r%len(names)]:
-            start = time.process_time_ns()
-            sessions[k].run(None, feed)
-            if r>=warmup: times[k].append((time.process_time_ns()-start)/1e6)
+    feed = {next(iter(sessions.values())).get_inputs()[0].name:image.astype(np.float32)}
+    for r,k in turns(list(files), warmup+runs):
+        start = time.process_time_ns()
+        sessions[k].run(None, feed)
+        if r>=warmup: times[k].append((time.process_time_ns()-start)/1e6)
     return pd.Series({k:float(np.median(t)) for k,t in times.items()}, name='ms')
 
 # %% ../../nbs/52b_deploy.sensitivity.ipynb #4a71fa74

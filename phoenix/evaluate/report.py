@@ -29,6 +29,7 @@ from PIL import Image
 from ..data.pixels import read_pixels
 from .calibration import brier, ece_sums, mce, nll, plot_reliability
 from .metrics import check_predictions, plot_confusion, plot_roc, scores
+from .headlines import headline
 from .statistics import Interval, bootstrap, chance_band, difference_of_independent, plot_intervals
 from ..plots import class_colour, style, to_png, window
 from ..records import sha256_bytes, write_json, write_text
@@ -460,7 +461,7 @@ def calibration_section(
 
 # %% ../../nbs/48_evaluate.report.ipynb #bd70c970
 def gap_section(
-    published:tuple, # `(probs, targets, groups)` of the published split's test set; probs may be `(S,N,K)` of S seeds
+    published:tuple, # `(probs, targets, groups)` of the published split's test set
     certified:tuple, # the same for the certified split
     *,
     n:int = 2000, # resamples
@@ -468,7 +469,7 @@ def gap_section(
 )->Section: # both accuracies and the gap
     "The accuracy that leakage pretends, beside the one that is left"
     sides = {'published split': published, 'certified split': certified}
-    found = {name: bootstrap('accuracy', *side, n=n, seed=seed) for name, side in sides.items()}
+    found = {name: headline('accuracy', *side, n=n, seed=seed) for name, side in sides.items()}
     gap = difference_of_independent(published, certified, n=n, seed=seed)
     rows = [dict(split=name, accuracy=i.value, low=i.low, high=i.high, groups=i.n_groups)
             for name, i in (found | {'gap (published minus certified)': gap}).items()]
