@@ -583,7 +583,8 @@ def evaluate(
         found = dict(seen.scores, intervals=seen.intervals, looks=seen.number)
     else:
         spans = {k: bootstrap(k, probs, targets, rows.group.to_numpy(), n=bootstraps) for k in ("accuracy", "macro_f1")}
-        spans = {k: dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups) for k, i in spans.items()}
+        spans = {k: dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups, method=i.method)
+                 for k, i in spans.items()}
         found = dict(scores(probs, targets, package.classes), intervals=spans)
     text = lines([dict(score=k, **v) for k, v in found["intervals"].items()])
     classes = lines([{"class": c, **v} for c, v in found["per_class"].items()])
@@ -641,7 +642,7 @@ def _label_reply(package, cert, manifest, rows, probs, targets, part, n):
     if part == "test":
         seen = _look(cert, manifest, rows, probs, package.classes, package.path.parent.name, who="phoenix evaluate")
     found = measure_labels(probs, targets, rows.group.to_numpy(), package.classes, thresholds=cut, n=n)
-    spans = {f"macro_{m}": dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups)
+    spans = {f"macro_{m}": dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups, method=i.method)
              for m, i in found.macro.items()}
     text = lines([dict(score=k, **v) for k, v in spans.items()])
     each = lines([dict(label=c, **{k: "" if x is None else x for k, x in v.items()})
@@ -958,7 +959,8 @@ def qat(
 )->Reply: # agreement, accuracy change with its interval, sizes; code 1 when the certificate is not ok
     "Train on with the roundings of INT8 inside, into a model folder with both files"
     from phoenix.deploy.certificate import package_aware
-    from phoenix.deploy.package import load_package, need_one_class
+    from phoenix.data.organs import need_one_class
+    from phoenix.deploy.package import load_package
     package = need_one_class(load_package(model), "Training with roundings")
     if into.exists() and any(into.iterdir()):
         raise PhoenixError(f"The model must go to a folder of its own, but {into.name!r} has content; choose another")

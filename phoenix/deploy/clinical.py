@@ -22,8 +22,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from ..data.organs import need_one_class
 from ..data.pixels import PixelError, read_pixels
-from .package import RUNTIMES, Package, load_package, need_one_class, softmax
+from .package import RUNTIMES, Package, load_package, softmax
 from .package import _list_hashes
 from ..evaluate.calibration import Calibrator, ece, fit_calibrator
 from ..evaluate.explain import check_map

@@ -7,7 +7,7 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.package.html.md"""
 # %% auto #0
 __all__ = ['FILES', 'EXTRAS', 'RUNTIMES', 'LIMITS', 'LABEL_LIMITS', 'PackageError', 'verify_package', 'save_package', 'Package',
            'load_package', 'seal_of', 'verdict', 'label_verdict', 'add_runtime', 'add_engine', 'Answer', 'softmax',
-           'sigmoid', 'need_one_class']
+           'sigmoid']
 
 # %% ../../nbs/50_deploy.package.ipynb #9573228e
 import dataclasses, json, shutil, uuid
@@ -565,16 +565,6 @@ def called(self:Package,
     "What is said at these probabilities: the largest, or each label that reaches its threshold"
     if self.task == "classes": return probs.argmax(1)
     return probs >= np.array([np.inf if t is None else t for t in self.threshold])
-
-
-def need_one_class(
-    package:Package, # an open model folder
-    what:str, # what is asked of it, as the subject of a sentence
-)->Package: # the same
-    "Refuse a model of several labels where a part has a meaning for one class a picture alone"
-    if package.task == "classes": return package
-    raise PackageError(f"{what} must be given a model of one class a picture, this one has {len(package.classes)} "
-                       "labels that do not exclude each other; use `phoenix predict` and `phoenix evaluate`")
 
 # %% ../../nbs/50_deploy.package.ipynb #2e6de336
 @patch

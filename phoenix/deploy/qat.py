@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .export import Norms, bare_norm, export_onnx, followed_norms, scale_and_shift
+from .export import Norms, bare_norm, each_channel, export_onnx, followed_norms, scale_and_shift
 from .quantize import eight_bit_nodes, quantize_int8, tensor_ranges
 from ..models.neurosnake import StraightConv, prepare_export
 from ..models.snake import DynamicSnakeConv
@@ -113,9 +113,7 @@ class AloneNorm(FrozenNorm):
         x:Tensor, # `(B,C,…)`
     )->Tensor: # same shape
         "Scale, shift, and what timm keeps inside of a norm"
-        shape = (1, -1, *[1]*(x.ndim-2))
-        scale, shift = scale_and_shift(self)
-        return self.after(x*scale.view(shape) + shift.view(shape))
+        return self.after(each_channel(x, *scale_and_shift(self)))
 
 # %% ../../nbs/52a_deploy.qat.ipynb #ca56858c
 class Rounded(TorchFunctionMode):

@@ -136,7 +136,8 @@ def _fresh(model):
 
 def _identity_of(folder, runtime):
     "Identity of a model folder whose network for `runtime` is certified and opens"
-    from phoenix.deploy.package import load_package, need_one_class
+    from phoenix.data.organs import need_one_class
+    from phoenix.deploy.package import load_package
     package = need_one_class(load_package(folder), "The registry, whose versions are served,")
     package.session(runtime)
     return hash_json(package.hashes)

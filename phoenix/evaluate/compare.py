@@ -38,11 +38,12 @@ class Comparison:
     targets:np.ndarray # `(N,)` class indices
     groups:np.ndarray # `(N,)` what is resampled together
     folds:np.ndarray # `(N,)` fold whose networks predicted the picture
-    scores:pd.DataFrame # model, score, mean over seeds, sd over seeds, low, high
+    scores:pd.DataFrame # model, score, mean over seeds, sd over seeds, low, high, method
     cells:pd.DataFrame # model, seed, fold, value of the first score: one row for each training
     paired:pd.DataFrame # model, against, difference, low, high, detectable, p, p_holm
     stats:tuple # names of the scores; the first is tested
     level:float # coverage of the intervals
+    n:int # resamples behind them
 
     @property
     def models(self)->list[str]: # the first is the reference
@@ -70,7 +71,8 @@ def _score_table(probs, targets, groups, stats, **how):
     "Mean over seeds with its interval, for each network and score"
     def row(name, stat):
         r = across_seeds(stat, probs[name], targets, groups, **how)
-        return dict(model=name, score=stat, mean=r.mean, sd=r.sd, low=r.interval.low, high=r.interval.high)
+        return dict(model=name, score=stat, mean=r.mean, sd=r.sd, low=r.interval.low, high=r.interval.high,
+                    method=r.interval.method)
     return pd.DataFrame([row(name, stat) for name in probs for stat in stats])
 
 
@@ -126,7 +128,7 @@ def compare(
     cells = _cell_table(probs, targets, folds, stats[0])
     paired = _paired_table(probs, targets, groups, cells, next(iter(probs)), sizes, stats[0], **how)
     return Comparison(first.classes, probs, targets, groups, folds,
-                      _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats), level)
+                      _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats), level, n)
 
 # %% ../../nbs/47_evaluate.compare.ipynb #18746639
 def front(

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 
 from .compare import (CompareError, Comparison, class_recall, front, plot_confusions, plot_front,
                                       plot_heatmap, plot_paired, plot_radar, plot_rocs, plot_scores)
+from .headlines import how_drawn
 from .report import Headline, ReportData, Section, Table, draw, show, write_report
 from .statistics import Interval
 from ..records import write_text
@@ -43,11 +44,16 @@ def _verdict(r, alpha, level):
     return f"{who}; clear of zero on these pictures {word} (p {r['p_holm']:.3f} after Holm)"
 
 # %% ../../nbs/48b_evaluate.comparison.ipynb #02623971
+def _spans(comparison):
+    "Every score with its interval"
+    return {f'{r["score"]} of {r.model}'.replace('_', ' '):
+            Interval(r['mean'], r.low, r.high, 0, comparison.level, method=r.method) for _, r in comparison.scores.iterrows()}
+
+
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
     t = comparison.scores
-    shown = [show(Interval(r['mean'], r.low, r.high, 0, comparison.level), '%') for _, r in t.iterrows()]
-    wide = t.assign(shown=shown).pivot(index='model', columns='score', values='shown')
+    wide = t.assign(shown=[show(i, '%') for i in _spans(comparison).values()]).pivot(index='model', columns='score', values='shown')
     wide = wide.loc[comparison.models, list(comparison.stats)].reset_index()
     recall = class_recall(comparison).reset_index(names='model')
     tables = [Table(wide, f'Mean over seeds, {100*comparison.level:g} % interval by group'),
@@ -105,7 +111,7 @@ def comparison_report(
     fronts = {k: front(c, costs, k) for k in ([] if costs is None else costs) if k != 'model'}
     sizes = [_counted(len(n), what) for n, what in ((c.targets, 'picture'), (set(c.groups.tolist()), 'group'),
                                                     (set(c.folds.tolist()), 'tested fold'), (c.cells, 'training'))]
-    text = [f'{sizes[0]} in {sizes[1]}, {sizes[2]}; {sizes[3]}.', *verdicts(c),
+    text = [f'{sizes[0]} in {sizes[1]}, {sizes[2]}; {sizes[3]}. {how_drawn(_spans(c), c.n)}', *verdicts(c),
             *[f'No network beats these in both {stat} and {k.replace("_", " ")}: {", ".join(v)}.'
               for k, v in fronts.items()]]
     section = Section('Comparison', text, _tables(c, costs), _figures(c, costs) + curves,

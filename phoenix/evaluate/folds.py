@@ -15,11 +15,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..data.organs import need_one_class
 from .metrics import MetricError
 from .statistics import Interval, RowSums, bootstrap, paired_difference
 from ..plots import style
 from ..train.ensembles import align
-from ..train.folds import OutOfFold, check_out_of_fold, need_one_class
+from ..train.folds import OutOfFold, check_out_of_fold
 
 # %% ../../nbs/41a_evaluate.folds.ipynb #396b52b2
 @dataclass(frozen=True)

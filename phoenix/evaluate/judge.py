@@ -25,8 +25,8 @@ from ..data.shortcuts import probe_table, run_probes
 from ..data.splits import Certificate, verify_certificate
 from .compare import compare
 from .comparison import write_comparison
-from .parts import (Subject, doubt_section, explanation_section, gap_sections, headline_section,
-                                    robustness_section, stranger_section, trust_section)
+from .parts import (Subject, blank_section, doubt_section, explanation_section, gap_sections,
+                                    headline_section, robustness_section, stranger_section, trust_section)
 from .report import (Headline, ReportData, Section, Table, control_section, data_section,
                                      examples_section, limits, provenance_section, shortcut_section, split_section,
                                      vault_section, write_report)
@@ -96,6 +96,7 @@ def refusals(
     said = {s.title: s.numbers for s in sections}
     maps, gate = said.get('Explanations put to the test'), said.get('Doubt and abstention')
     bound, clean, under = _under_attack(said.get('Attacks and scanner faults'))
+    blank = said.get('Controls without a picture', {}).get('bad', [])
     odd = said.get('Strangers', {}).get('worst', dict(kind='', let_in=0.))
     facts = {
         'No map of this network is an explanation of it: none passes all tests.':
@@ -107,6 +108,8 @@ def refusals(
         'to a picture that somebody could have altered means nothing.': under < clean/2,
         f'Strange pictures are not kept out: {100*odd["let_in"]:.0f} % of “{odd["kind"]}” are let in.':
             odd['let_in'] > .5,
+        'Answers are no proof of anatomy: without the picture, from its brightness alone, the network beats chance.':
+            bool(blank),
         'Nothing is known about attacks and scanner faults.': 'Attacks and scanner faults' not in said,
         'No control with shuffled labels was trained: learning from something else than the label is not excluded.':
             not control,
@@ -139,9 +142,9 @@ class Effort:
     steps:int = 20 # of deletion
 
 EFFORTS = dict(full=Effort(),
-               quick=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=16, queries=100), (1/255, 4/255), (1, 3, 5),
+               quick=Effort(2000, 'pgd', dict(steps=10, restarts=1, checks=16, queries=100), (1/255, 4/255), (1, 3, 5),
                             32, 8, 200, 200, ('gradcam',), 8),
-               brief=Effort(1000, 'pgd', dict(steps=10, restarts=1, checks=6, queries=30), (1/255,), (3,),
+               brief=Effort(2000, 'pgd', dict(steps=10, restarts=1, checks=6, queries=30), (1/255,), (3,),
                             16, 4, 40, 60, ('gradcam',), 4))
 
 def effort_named(
@@ -183,6 +186,7 @@ def judged_sections(
                                               seed=seed, **e.options),
         explanations=lambda: explanation_section(subject, maps=e.maps, pictures=e.explained, masks=masks, steps=e.steps,
                                                  seed=seed),
+        controls=lambda: blank_section(subject, pictures=e.strange, seed=seed),
         gaps=lambda: gap_sections(subject, n=e.n, seed=seed),
         examples=lambda: examples_section(shown, subject.probs(), subject.test.targets, subject.classes))
     return list(_timed(parts, said))
@@ -272,7 +276,7 @@ def judge(
 def _top(table, subject):
     "The headlines that stand above everything"
     over = table[(table.source == 'all') & (table['class'] == '')].set_index('measure')
-    def span(m): return Interval(over.value[m], over.low[m], over.high[m], int(over.n_groups[m]), method='bca')
+    def span(m): return Interval(over.value[m], over.low[m], over.high[m], int(over.n_groups[m]), method=over.method[m])
     counts = np.bincount(subject.test.targets)
     most = subject.classes[counts.argmax()].replace('_', ' ')
     always = f'always saying {most} gives {100*counts.max()/counts.sum():.1f} %'

@@ -125,7 +125,7 @@ def _figures(scores, spans):
     n = len(spans)
     return [draw(lambda ax: plot_labels(scores, ax=ax), 'Ranking of each label.', size=(4.6, 1.6 + .27*n)),
             draw(lambda ax: plot_intervals(spans, unit='area under the ROC curve', ax=ax),
-                 'Areas with 95 % intervals by group.', size=(4.6, 1. + .36*n))]
+                 'Areas with 95 % percentile intervals by group.', size=(4.6, 1. + .36*n))]
 
 
 _TITLES = dict(auc='macro AUC', ap='macro average precision', f1='macro F1')
@@ -146,7 +146,7 @@ def label_section(
     names = ', '.join(c.replace('_', ' ') for c in undefined)
     left = [f'Without a value, and left out of the macro means: {names}.'] if undefined else []
     notes = sorted({i.note for i in report.macro.values() if i.note})
-    return Section(title, text, [Table(top, 'Macro means with 95 % intervals, and how many labels stand in each'),
+    return Section(title, text, [Table(top, 'Macro means with 95 % percentile intervals, and how many labels stand in each'),
                                  Table(report.table, 'Each label by itself')], _figures(s, spans),
                    warnings=left + notes, numbers=dict(scores=s, macro=report.macro, per_label=report.per_label,
                                                        ece=report.ece))

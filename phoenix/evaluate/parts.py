@@ -6,8 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.parts.html.md"""
 
 # %% auto #0
 __all__ = ['MAPS_TRIED', 'ATTRIBUTES', 'Side', 'Subject', 'take_subject', 'headline_section', 'trust_section', 'map_stability',
-           'doubt_section', 'made_strangers', 'stranger_section', 'robustness_section', 'explanation_section',
-           'gap_sections']
+           'doubt_section', 'made_strangers', 'stranger_section', 'robustness_section', 'without_picture',
+           'blank_section', 'explanation_section', 'gap_sections']
 
 # %% ../../nbs/49_evaluate.parts.ipynb #b1a9422c
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +27,13 @@ from ..data.splits import Certificate
 from .calibration import brier, ece, ece_sums, fit_calibrator, nll, nll_sums, plot_reliability
 from .explain import check_map, map_names, plot_checks
 from .fairness import fairness, plot_gaps
-from .headlines import headlines
+from .headlines import headlines, how_drawn
 from .metrics import MetricError, plot_confusion, plot_precision_recall, plot_roc, softmax
 from .report import Section, Table, draw, show
 from .robustness import (corruption_benchmark, mean_corruption_error, plot_corruptions, plot_robustness,
                                          robustness)
 from .selective import Gate, compare_at_coverage, decide, tune
-from .statistics import Interval, paired_difference, plot_intervals
+from .statistics import Interval, chance_band, paired_difference, plot_intervals
 from .strangers import (features_of, get_acquainted, plot_strangers, stranger_scores, stranger_table,
                                         stranger_threshold)
 from .uncertainty import (coverage_table, entropy, fit_conformal, logits_of, plot_risk_coverage, spread,
@@ -154,12 +154,17 @@ def headline_section(
     figures = [draw(partial(plot_intervals, spans, unit='recall, 95 % interval by group'),
                     'How much of each class is found.', size=(4.6, 1. + .4*k))]
     figures += [draw(partial(f, probs, t.targets, subject.classes), w, size=s) for f, w, s in drawn]
-    text = (f'{len(t)} pictures in {len(set(t.units.tolist()))} groups. Intervals are BCa of {n} resamples of whole '
-            'groups, stratified by class.')
+    text = f'{len(t)} pictures in {len(set(t.units.tolist()))} groups. {how_drawn(_named(table), n)}'
     tables = [Table(_shown(over, 'measure', 'source'), 'Over all classes, by source'),
               Table(_shown(each, 'class', 'measure'), 'By class')]
     return Section('Test set', [text], tables, figures, numbers=dict(headlines=table),
                    warnings=_few(spans) + _lacking(subject))
+
+def _named(table):
+    "Every headline with its interval, under the name that people read"
+    said = [f'{_words(r.measure)} {_words(r["class"])}'.strip() + f' of source {r.source}'*(r.source != 'all')
+            for _, r in table.iterrows()]
+    return {k: Interval(r.value, r.low, r.high, r.n_groups, method=r.method) for k, (_, r) in zip(said, table.iterrows())}
 
 def _few(spans):
     "A warning where an interval is wider than 30 points"
@@ -238,7 +243,7 @@ def trust_section(
     shown = dict.fromkeys(['as trained', best if best != 'as trained' else next(iter([*told][1:]), best)])
     figures = [draw(partial(plot_reliability, told[k], t.targets), f'Reliability, {k}.', size=(4.4, 4.4))
                for k in shown]
-    text = ('Maps are fitted on the validation side alone. ECE over 15 right-closed bins with its BCa interval: where '
+    text = ('Maps are fitted on the validation side alone. ECE over 15 right-closed bins, its interval as above: where '
             'the value lies at an end of it, the error is no larger than chance makes it.')
     return Section('Calibration before and after', [text, *words], [Table(table, 'Calibration and proper scores')],
                    figures, warnings=refused, numbers=dict(best=best))
@@ -428,6 +433,39 @@ def _bounds(table):
     return pd.DataFrame({'bound': [f'{e:g}/255' for e in table.eps_255], 'groups': table.groups,
                          'accuracy': list(map(_span, table.accuracy, table.low, table.high))})
 
+# %% ../../nbs/49_evaluate.parts.ipynb #cb595cf5
+def without_picture(
+    x:Tensor, # `(N,C,H,W)` in [0,1]
+    *,
+    seed:int = 42, # key of the disorder
+)->dict[str, Tensor]: # name of the control and pictures like `x`
+    "The same grey values in disorder, and their mean alone"
+    n, c, h, w = x.shape
+    order = torch.from_numpy(np.stack([permutation(h*w, seed, 'shuffled pixels', epoch=i) for i in range(n)]))
+    mixed = x.flatten(2).gather(2, order[:, None].expand(-1, c, -1)).view_as(x)
+    return {'pixels shuffled': mixed, 'constant grey': x.mean((2, 3), keepdim=True).expand_as(x)}
+
+def blank_section(
+    subject:Subject, # network and pictures
+    *,
+    pictures:int = 400, # most test pictures, drawn by key
+    seed:int = 42, # key of both
+)->Section: # accuracy of each control against the band of guessers
+    "Whether anything but the picture tells the classes apart"
+    t = subject.test.some(pictures, seed)
+    units, k = len(set(t.units.tolist())), len(subject.classes)
+    band = chance_band(units, k, shares=np.bincount(t.targets, minlength=k)/len(t))
+    right = {name: float((logits_of(subject.model, x).argmax(1) == t.targets).mean())
+             for name, x in without_picture(t.x, seed=seed).items()}
+    table = pd.DataFrame([dict(control=name, accuracy=a, chance_from=band.low, chance_to=band.high, at_chance=a in band)
+                          for name, a in right.items()])
+    bad = [f'With {r.control} the network is still right in {show(r.accuracy, "%")}: it tells classes by brightness.'
+           for r in table.itertuples() if r.accuracy > band.high]
+    text = (f'{len(t)} test pictures in {units} groups, asked without their content. Guessers reach from '
+            f'{show(band.low, "%")} to {show(band.high, "%")} (99 %), the commonest class alone included.')
+    return Section('Controls without a picture', [text], [Table(table, 'Negative controls of the trained network')],
+                   warnings=bad, numbers=dict(controls=table, bad=bad))
+
 # %% ../../nbs/49_evaluate.parts.ipynb #98bfdee0
 def explanation_section(
     subject:Subject, # network and pictures
@@ -503,7 +541,7 @@ def _gap_section(subject, attribute, n, seed):
         return Section(f'Gaps by {attribute}', [said], warnings=warn)
     table = fairness(subject.probs(), t.targets, value, t.units, subject.classes, n=n, seed=seed)
     one_value = table['class'].isin([c for c, k in zip(subject.classes, asked) if k < 2])
-    table = table[~(one_value & table.measure.isin(['true_positive_rate', 'equalised_odds']))].reset_index(drop=True)
+    table = table[~(one_value & table.measure.isin(['true positive rate', 'equalised odds']))].reset_index(drop=True)
     figure = draw(partial(plot_gaps, table), f'Gaps by {attribute}.', size=(4.6, 1.2 + .3*len(table)))
     return Section(f'Gaps by {attribute}', ['Largest minus smallest rate, against deals of the values at random.'],
                    [Table(_gaps_shown(table), f'Gaps between values of {attribute}')], [figure], warnings=warn,

@@ -29,7 +29,7 @@ from PIL import Image
 from ..data.pixels import read_pixels
 from .calibration import brier, ece_sums, mce, nll, plot_reliability
 from .metrics import check_predictions, plot_confusion, plot_roc, scores
-from .headlines import headline
+from .headlines import how_drawn
 from .statistics import Interval, bootstrap, chance_band, difference_of_independent, plot_intervals
 from ..plots import class_colour, style, to_png, window
 from ..records import sha256_bytes, write_json, write_text
@@ -429,8 +429,8 @@ def evaluation_section(
     matrix = draw(lambda ax: plot_confusion(probs, targets, classes, ax=ax),
                   'Confusion: counts, and share of the true class.', size=(1.6 + .75*k, 1.2 + .62*k))
     curves = draw(lambda ax: plot_roc(probs, targets, classes, ax=ax), 'ROC of each class against the rest.')
-    text = (f'{said["n"]} pictures in {first.n_groups} independent groups. Intervals are 95 % percentiles of {n} '
-            'resamples of whole groups.')
+    spans = {MAIN[m]: i for m, i in found.items()}
+    text = f'{said["n"]} pictures in {first.n_groups} independent groups. {how_drawn(spans, n)}'
     tables = [Table(top, 'Main measures with 95 % intervals'), Table(each, 'Each class against the rest')]
     return Section(title, [text], tables, [matrix, curves], warnings=[first.note] if first.note else [],
                    numbers=dict(scores=said, intervals=found))
@@ -447,16 +447,16 @@ def calibration_section(
     seed:int = 42, # key of the resamples
 )->Section: # errors, proper scores, reliability diagrams
     "Whether the stated probabilities can be believed"
-    rows, figures = [], []
+    rows, figures, spans = [], [], {}
     for name, p in (('as trained', probs), ('after temperature scaling', scaled)):
         if p is None: continue
-        i = bootstrap(ece_sums(bins), p, targets, groups, n=n, seed=seed)
+        i = spans[f'ECE {name}'] = bootstrap(ece_sums(bins), p, targets, groups, n=n, seed=seed)
         rows.append(dict(probabilities=name, ECE=i.value, ECE_low=i.low, ECE_high=i.high, MCE=mce(p, targets, bins),
                          Brier=brier(p, targets), NLL=nll(p, targets)))
         figures.append(draw(lambda ax, p=p: plot_reliability(p, targets, bins=bins, ax=ax), f'Reliability {name}.',
                             size=(4.4, 4.4)))
-    text = (f'Expected calibration error over {bins} right-closed bins, with its 95 % interval by group; Brier score '
-            'summed over classes; negative log-likelihood in nats.')
+    text = (f'Expected calibration error over {bins} right-closed bins; Brier score summed over classes; negative '
+            f'log-likelihood in nats. {how_drawn(spans, n)}')
     return Section('Calibration', [text], [Table(pd.DataFrame(rows), 'Calibration errors and proper scores')], figures)
 
 # %% ../../nbs/48_evaluate.report.ipynb #bd70c970
@@ -469,7 +469,7 @@ def gap_section(
 )->Section: # both accuracies and the gap
     "The accuracy that leakage pretends, beside the one that is left"
     sides = {'published split': published, 'certified split': certified}
-    found = {name: headline('accuracy', *side, n=n, seed=seed) for name, side in sides.items()}
+    found = {name: bootstrap('accuracy', *side, n=n, seed=seed) for name, side in sides.items()}
     gap = difference_of_independent(published, certified, n=n, seed=seed)
     rows = [dict(split=name, accuracy=i.value, low=i.low, high=i.high, groups=i.n_groups)
             for name, i in (found | {'gap (published minus certified)': gap}).items()]
@@ -480,7 +480,8 @@ def gap_section(
         plot_intervals(found, unit='accuracy, 95 % interval by group', ax=ax).set_title(f'gap {gap}', fontsize=10)
     figure = draw(plot, 'The same model and budget on both splits.',
                   f'Intervals of accuracy on the published and the certified split, gap {gap}', size=(4.6, 1.8))
-    return Section('Published against certified split', [word], [Table(pd.DataFrame(rows), 'Accuracy on both splits')],
+    how = f'{how_drawn(found, n)} The gap is of two test sets drawn apart, and has percentiles.'
+    return Section('Published against certified split', [word, how], [Table(pd.DataFrame(rows), 'Accuracy on both splits')],
                    [figure], numbers=dict(found, gap=gap))
 
 # %% ../../nbs/48_evaluate.report.ipynb #65a47e38

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data.severity import KINDS, corrupt, severity_keys
 from .metrics import MetricError
-from .statistics import Interval, bootstrap, paired_difference
+from .statistics import Interval, RowSums, bootstrap, class_strata, paired_difference
 from ..plots import style
 from ..train.attacks import is_right, pgd
 from ..train.autoattack import AttackReport, auto_attack
@@ -61,12 +61,14 @@ class Robustness:
     eps:tuple[float, ...] # bounds, from 0 upwards
     right:np.ndarray # `(E,N)` booleans: which images withstand each bound
     groups:np.ndarray|None # `(N,)` patient or cluster of each image
+    targets:np.ndarray # `(N,)` true classes, the strata of the intervals
     masking:Masking # the checks for hidden gradients
     passes:int # images that went through the network
 
     def table(self, **options)->pd.DataFrame: # eps in 255ths, accuracy, low, high, groups
         "One row per bound, with grouped intervals"
-        found = [share_right(r, self.groups, **options) for r in self.right]
+        strata = class_strata(self.targets, self.groups)
+        found = [share_right(r, self.groups, strata=strata, **options) for r in self.right]
         return pd.DataFrame([dict(eps_255=255*e, accuracy=i.value, low=i.low, high=i.high, groups=i.n_groups)
                              for e, i in zip(self.eps, found)])
 
@@ -119,7 +121,7 @@ def robustness(
                                          queries=min(200, options.get('queries', 200)))
     told = '; '.join(f'{n}: {a}' if a else n for n, a in names.items()) or 'no attack: no clean image is right'
     return Robustness(told, (0., *eps), torch.stack(right).numpy(), None if groups is None else np.asarray(groups),
-                      found, passes)
+                      y.numpy(force=True), found, passes)
 
 # %% ../../nbs/44_evaluate.robustness.ipynb #b496a45c
 def plot_robustness(
@@ -162,7 +164,7 @@ class Corruption:
 def _mean_interval(values, groups, **options):
     "A mean with its grouped interval"
     probs = np.stack([1 - values, values], 1)
-    mean = lambda p, t: float(p[:, 1].mean())
+    mean = RowSums(lambda p, t: np.stack([p[:, 1], np.ones(len(p))], 1), lambda s: s[..., 0]/s[..., 1])
     return bootstrap(mean, probs, np.ones(len(values), int), groups, **options)
 
 # %% ../../nbs/44_evaluate.robustness.ipynb #e37277a2

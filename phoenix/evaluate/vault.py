@@ -56,7 +56,7 @@ class Look:
     "One look at the test labels: the scores, and where the ledger stands"
     number:int # of this look, from 1
     scores:dict # what `scores` says
-    intervals:dict # accuracy and macro F1, each value, low, high, groups; none for several labels
+    intervals:dict # accuracy and macro F1, each value, low, high, groups, method; none for several labels
     receipt:dict # vault, looks, head: to be kept where the ledger's owner does not write, such as a sealed run
 
     def __str__(self):
@@ -252,7 +252,8 @@ def _scored(content, paths, probs, n, seed):
     targets = np.array([content["classes"].index(content["labels"][p]) for p in paths])
     group = np.array([content["groups"][p] for p in paths])
     found = {k: bootstrap(k, probs, targets, group, n=n, seed=seed) for k in ("accuracy", "macro_f1")}
-    spans = {k: dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups) for k, i in found.items()}
+    spans = {k: dict(value=i.value, low=i.low, high=i.high, groups=i.n_groups, method=i.method)
+             for k, i in found.items()}
     return scores(probs, targets, content["classes"]), spans
 
 # %% ../../nbs/46_evaluate.vault.ipynb #90d4b3ed

@@ -27,11 +27,12 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from ..data.acquire import Manifest
+from ..data.organs import need_one_class
 from ..data.splits import Certificate
 from ..keys import set_threads
 from ..records import read_json, write_json
 from ..settings import PhoenixError
-from .folds import OutOfFold, check_out_of_fold, need_one_class
+from .folds import OutOfFold, check_out_of_fold
 from .learner import train_classifier
 
 # %% ../../nbs/37_train.ensembles.ipynb #e159190a
