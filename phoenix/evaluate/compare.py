@@ -169,6 +169,7 @@ def plot_scores(
         ax = plt.subplots(figsize=(5, .8 + .28*len(names)))[1] if ax is None else ax
         if stat == comparison.stats[0]:
             ax.scatter(comparison.cells.value, [names.index(m) for m in comparison.cells.model], s=9, color='0.7')
+        ax.barh(range(len(names)), t['mean'], color='#0072b2', alpha=.18, height=.62)
         ax.hlines(range(len(names)), t.low, t.high, color='#0072b2')
         ax.plot(t['mean'], range(len(names)), 'o', color='#0072b2', ms=4)
         ax.set_yticks(range(len(names)), names)
@@ -282,26 +283,27 @@ def plot_confusions(
     comparison:Comparison, # from `compare`
     *,
     models:Sequence[str]|None=None, # networks; all when None
-    cols:int=3, # matrices in a row
+    cols:int=2, # matrices in a row
     ax:Axes|None=None, # drawn inside it; a new figure when None
 )->Axes: # the outer axes; `child_axes` holds one matrix a network
     "Confusion matrices in a grid: share of the true class, all seeds together"
     names, k = list(models or comparison.models), len(comparison.classes)
     rows, cols = -(-len(names)//cols), min(cols, len(names))
-    with style(): ax = plt.subplots(figsize=(2.3*cols, 2.4*rows))[1] if ax is None else ax
+    with style(): ax = plt.subplots(figsize=(2.4*cols, 2.6*rows))[1] if ax is None else ax
     ax.set_axis_off()
     for i, name in enumerate(names):
         p = comparison.probs[name]
         cm = confusion(p.argmax(2).ravel(), np.tile(comparison.targets, len(p)), k)
         share = cm/np.maximum(cm.sum(1, keepdims=True), 1)
-        cell = ax.inset_axes([i % cols/cols + .05, 1 - (i//cols + 1)/rows + .08/rows, .82/cols, .76/rows])
+        cell = ax.inset_axes([.14 + .86*(i % cols)/cols, 1 - (i//cols + 1)/rows + .26/rows, .8/cols, .64/rows])
         cell.imshow(share, cmap='Blues', vmin=0, vmax=1)
         for (r, c), v in np.ndenumerate(share):
-            cell.text(c, r, f'{100*v:.0f}', ha='center', va='center', fontsize=6, color='white' if v > .65 else 'black')
-        cell.set(xticks=range(k), yticks=range(k))
-        cell.set_xticklabels([c[:4] for c in comparison.classes], fontsize=6)
-        cell.set_yticklabels([c[:4] for c in comparison.classes], fontsize=6)
-        cell.set_title(name, fontsize=7, pad=3)
+            cell.text(c, r, f'{100*v:.0f}', ha='center', va='center', fontsize=7, color='white' if v > .65 else 'black')
+        words = [c.replace('_', ' ') for c in comparison.classes]
+        cell.set_xticks(range(k), words, fontsize=7, rotation=35, ha='right', rotation_mode='anchor')
+        cell.set_yticks(range(k), words if i % cols == 0 else ['']*k, fontsize=7)
+        cell.grid(False)
+        cell.set_title(name, fontsize=8, pad=3)
     return ax
 
 # %% ../../nbs/47_evaluate.compare.ipynb #7926a81f

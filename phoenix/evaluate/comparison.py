@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from .compare import (CompareError, Comparison, class_recall, front, plot_confusions, plot_front,
                                       plot_heatmap, plot_paired, plot_radar, plot_rocs, plot_scores)
 from .headlines import how_drawn
-from .report import Headline, ReportData, Section, Table, draw, show, write_report
+from .report import MAIN, Headline, ReportData, Section, Table, draw, show, write_report
 from .statistics import Interval
 from ..records import write_text
 from ..train.folds import OutOfFold, load_out_of_fold
@@ -45,20 +45,25 @@ def _verdict(r, alpha, level):
 
 # %% ../../nbs/48b_evaluate.comparison.ipynb #02623971
 def _spans(comparison):
-    "Every score with its interval"
+    "Every score with its interval, as `score of network`"
     return {f'{r["score"]} of {r.model}'.replace('_', ' '):
-            Interval(r['mean'], r.low, r.high, 0, comparison.level, method=r.method) for _, r in comparison.scores.iterrows()}
+            Interval(r['mean'], r.low, r.high, 0, comparison.level, method=r.method)
+            for _, r in comparison.scores.iterrows()}
 
+
+_SAID = dict(detectable='smallest found', p='p of the corrected t', p_holm='p after Holm')
 
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
     t = comparison.scores
-    wide = t.assign(shown=[show(i, '%') for i in _spans(comparison).values()]).pivot(index='model', columns='score', values='shown')
-    wide = wide.loc[comparison.models, list(comparison.stats)].reset_index()
+    shown = [show(i, '%').replace(', ', ',\u00a0') for i in _spans(comparison).values()]
+    wide = t.assign(shown=shown).pivot(index='model', columns='score', values='shown')
+    wide = wide.loc[comparison.models, list(comparison.stats)].reset_index().rename(columns=MAIN)
     recall = class_recall(comparison).reset_index(names='model')
     tables = [Table(wide, f'Mean over seeds, {100*comparison.level:g} % interval by group'),
               Table(recall, 'Recall of each class, mean over seeds'),
-              Table(comparison.paired, f'Differences of {comparison.stats[0].replace("_", " ")}, as shares')]
+              Table(comparison.paired.rename(columns=_SAID), f'Differences of {comparison.stats[0].replace("_", " ")}, as '
+                    'shares of one; the smallest found is that of 80 % power')]
     return tables + ([] if costs is None else [Table(costs, 'What each network costs')])
 
 
@@ -66,13 +71,13 @@ def _figures(comparison, costs):
     "The figures of the page"
     names = comparison.models
     tall = lambda n: (5.6, max(1.6, .8 + .28*n))
-    made = [draw(partial(plot_scores, comparison), 'Score of each network.', size=tall(len(names))),
+    made = [draw(partial(plot_scores, comparison), 'Score of each network with its interval.', size=tall(len(names))),
             draw(partial(plot_paired, comparison), 'Differences from the reference.', size=tall(len(names) - 1)),
             draw(partial(plot_heatmap, comparison), 'Which classes each network finds.'),
             draw(partial(plot_radar, comparison), 'The same as areas.'),
             draw(partial(plot_rocs, comparison), 'How well each network ranks.'),
-            draw(partial(plot_confusions, comparison), 'What is taken for what, in per cent of the true class.',
-                 size=(6.9, 2.4*-(-len(names)//3)))]
+            draw(partial(plot_confusions, comparison), 'What is taken for what: rows are true classes, columns '
+                 'answers, in per cent of the true class.', size=(4.6, 2.5*-(-len(names)//2)))]
     axes = [] if costs is None else [c for c in costs if c != 'model']
     fronts = [(partial(plot_front, comparison, costs, c), f'Score against {c.replace("_", " ")}.') for c in axes]
     return made + [draw(plot, caption) for plot, caption in fronts]
@@ -111,7 +116,8 @@ def comparison_report(
     fronts = {k: front(c, costs, k) for k in ([] if costs is None else costs) if k != 'model'}
     sizes = [_counted(len(n), what) for n, what in ((c.targets, 'picture'), (set(c.groups.tolist()), 'group'),
                                                     (set(c.folds.tolist()), 'tested fold'), (c.cells, 'training'))]
-    text = [f'{sizes[0]} in {sizes[1]}, {sizes[2]}; {sizes[3]}. {how_drawn(_spans(c), c.n)}', *verdicts(c),
+    text = [f'{sizes[0]} in {sizes[1]}, {sizes[2]}; {sizes[3]}. {how_drawn(_spans(c), c.n)}',
+            *[f'{v}.' for v in verdicts(c)],
             *[f'No network beats these in both {stat} and {k.replace("_", " ")}: {", ".join(v)}.'
               for k, v in fronts.items()]]
     section = Section('Comparison', text, _tables(c, costs), _figures(c, costs) + curves,

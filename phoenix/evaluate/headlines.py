@@ -119,7 +119,7 @@ def headlines(
                                                          inner, n, seed, level, areas)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/41c_evaluate.headlines.ipynb #c46a4b61
+# %% ../../nbs/41c_evaluate.headlines.ipynb #3b214582
 def how_drawn(
     intervals:Mapping[str, Interval], # name → interval, as they stand beside the sentence
     n:int, # resamples
@@ -128,4 +128,5 @@ def how_drawn(
     plain = [name for name, i in intervals.items() if i.method == 'percentile']
     level = 100*next(iter(intervals.values())).level if intervals else 95
     said = f'Intervals are {level:g} % BCa of {n} resamples of whole groups within classes.'
-    return said + (f' Where all resamples agree they are percentiles: {", ".join(plain)}.' if plain else '')
+    named = ', '.join(plain[:8]) + (f' and {len(plain) - 8} more' if len(plain) > 8 else '')
+    return said + (f' Percentiles, where BCa is undefined because resamples agree: {named}.' if plain else '')

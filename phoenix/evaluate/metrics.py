@@ -218,5 +218,6 @@ def plot_precision_recall(
         ax.step(recall, precision, where='post', color=class_colour(c), label=f'{c.replace("_", " ")} {found[c]:.3f}')
     ax.set_title(f'least precise: {min(found, key=found.get).replace("_", " ")}', fontsize=10)
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
-    ax.legend(loc='lower left', fontsize=8, title='average precision', title_fontsize=8)
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.16), ncols=2, fontsize=8, title='average precision',
+              title_fontsize=8, frameon=False)
     return ax

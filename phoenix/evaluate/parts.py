@@ -158,7 +158,7 @@ def headline_section(
     tables = [Table(_shown(over, 'measure', 'source'), 'Over all classes, by source'),
               Table(_shown(each, 'class', 'measure'), 'By class')]
     return Section('Test set', [text], tables, figures, numbers=dict(headlines=table),
-                   warnings=_few(spans) + _lacking(subject))
+                   warnings=_few(spans, len(set(t.units.tolist()))) + _lacking(subject))
 
 def _named(table):
     "Every headline with its interval, under the name that people read"
@@ -166,11 +166,12 @@ def _named(table):
             for _, r in table.iterrows()]
     return {k: Interval(r.value, r.low, r.high, r.n_groups, method=r.method) for k, (_, r) in zip(said, table.iterrows())}
 
-def _few(spans):
-    "A warning where an interval is wider than 30 points"
+def _few(spans, units):
+    "A warning where an interval is wider than 30 points, and where groups are too few for intervals"
+    short = f'Only {units} independent groups: bootstrap intervals are too narrow below about 20.'
     wide = [name for name, i in spans.items() if i.high - i.low > .3]
     said = f'Too few groups to say much about {", ".join(wide)}: the interval is wider than 30 points.'
-    return [said] if wide else []
+    return [said]*bool(wide) + [short]*(units < 20)
 
 # %% ../../nbs/49_evaluate.parts.ipynb #2e66da05
 def _headlines(subject, probs, n, seed, source=None, areas=True):
@@ -196,8 +197,9 @@ _NAMES = dict(mcc='MCC', ece='ECE', nll='NLL', auc='AUC', f1='F1', macro_auc='ma
 def _words(name): return _NAMES.get(name, str(name).replace('_', ' '))
 
 def _span(v, low, high):
-    "A value with its interval, where it has one"
-    return '–' if v != v else f'{v:.3f}' if low != low else f'{v:.3f} [{low:.3f},\u00a0{high:.3f}]'
+    "A value with its interval, where it has one; that all resamples agree is no certainty"
+    if v != v or low != low: return '–' if v != v else f'{v:.3f}'
+    return f'{v:.3f} [all\u00a0agree]' if low == high else f'{v:.3f} [{low:.3f},\u00a0{high:.3f}]'
 
 def _shown(table, rows, columns):
     "Values with their intervals as text, one row and one column for each name"
@@ -244,7 +246,8 @@ def trust_section(
     figures = [draw(partial(plot_reliability, told[k], t.targets), f'Reliability, {k}.', size=(4.4, 4.4))
                for k in shown]
     text = ('Maps are fitted on the validation side alone. ECE over 15 right-closed bins, its interval as above: where '
-            'the value lies at an end of it, the error is no larger than chance makes it.')
+            'the value lies at an end of it, the error is no larger than chance makes it. ECE mass: bins of equally '
+            'many pictures. NLL in nats; Brier summed over classes.')
     return Section('Calibration before and after', [text, *words], [Table(table, 'Calibration and proper scores')],
                    figures, warnings=refused, numbers=dict(best=best))
 
@@ -387,7 +390,7 @@ def stranger_section(
     let_in = let_in.loc[list(odd), list(dict.fromkeys(table.score))].reset_index()
     area = table.rename(columns=dict(auroc='value', auroc_low='low', auroc_high='high'))
     tables = [Table(let_in, 'Share of each kind that is let in'),
-              Table(_shown(area, 'kind', 'score'), 'Area under ROC')]
+              Table(_shown(area, 'kind', 'score'), 'Area under ROC: own pictures told from strangers')]
     worst_case = dict(kind=worst['kind'], let_in=float(worst.let_in))
     return Section('Strangers', [text], tables, [figure], numbers=dict(best=best, worst=worst_case, strangers=table))
 
@@ -417,7 +420,7 @@ def robustness_section(
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']
     return Section('Attacks and scanner faults', text, [Table(_bounds(_sure(found.table())), 'Accuracy under attack'),
-                   Table(found.masking.table, 'Checks for hidden gradients'), Table(faults.table(), 'Error by fault')],
+                   Table(found.masking.table, 'Checks for hidden gradients'), Table(faults.table(), 'Share answered wrongly under each fault, mean over severities')],
                    [curve, grid], warnings=[] if found.masking.passed else [f'{found.masking}.'.capitalize()],
                    numbers=dict(attack=found.attack, pictures=len(t), accuracy=_sure(found.table())))
 
@@ -430,10 +433,10 @@ def _sure(table):
 
 def _bounds(table):
     "The table of an attack as people write it"
-    return pd.DataFrame({'bound': [f'{e:g}/255' for e in table.eps_255], 'groups': table.groups,
+    return pd.DataFrame({'bound': [f'{e:g}/255' if e else 'clean' for e in table.eps_255], 'groups': table.groups,
                          'accuracy': list(map(_span, table.accuracy, table.low, table.high))})
 
-# %% ../../nbs/49_evaluate.parts.ipynb #cb595cf5
+# %% ../../nbs/49_evaluate.parts.ipynb #f806e998
 def without_picture(
     x:Tensor, # `(N,C,H,W)` in [0,1]
     *,

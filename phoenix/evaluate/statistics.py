@@ -127,7 +127,7 @@ def _strata_of(codes, strata):
     if (first[codes] != s).any(): raise MetricError('a group must lie in one stratum, some do not; choose other strata')
     return first
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #961fde04
+# %% ../../nbs/41_evaluate.statistics.ipynb #4bb84162
 def class_strata(
     targets:np.ndarray, # `(N,)` class indices
     groups:Sequence|None, # `(N,)` group of each row; None: every row its own
@@ -145,7 +145,7 @@ def _stratum(targets, codes, strata):
         raise MetricError(f"strata must be 'class', None or one for each row, got {strata!r}; correct it")
     return _strata_of(codes, class_strata(targets, codes) if isinstance(strata, str) else strata)
 
-# %% ../../nbs/41_evaluate.statistics.ipynb #6d7c27ba
+# %% ../../nbs/41_evaluate.statistics.ipynb #1bf528d6
 def draw_groups(
     stratum:np.ndarray, # `(G,)` stratum of each group
     n:int = 2000, # resamples
@@ -526,7 +526,11 @@ def plot_intervals(
     for y, (name, i) in enumerate(intervals.items()):
         ax.plot([i.low, i.high], [y, y], color='0.35', lw=5, alpha=.45, solid_capstyle='butt')
         ax.plot([i.value], [y], 'o', color='0.1', ms=5)
-        ax.annotate(str(i), (i.value, y), (0, 6), textcoords='offset points', ha='center', fontsize=7.5)
+    left, right = ax.get_xlim()
+    for y, i in enumerate(intervals.values()): # text stays inside, also at the ends
+        place = (i.value - left)/(right - left)
+        side = 'left' if place < .2 else 'right' if place > .8 else 'center'
+        ax.annotate(str(i), (i.value, y), (0, 6), textcoords='offset points', ha=side, fontsize=7.5)
     ax.set_yticks(range(len(intervals)), [n.replace('_', ' ') for n in intervals], fontsize=8.5)
     ax.set(xlabel=unit, ylim=(len(intervals) - .5, -.75))
     ax.locator_params(axis='x', nbins=6)

@@ -1,4 +1,10 @@
 "Contracts of attacks and robust training that hold for each of them alike; each test carries the number of the requirement it holds"
+import ast
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,3 +126,39 @@ def test_fast_training_is_one_long_step_from_a_random_start(reach):
     slope, = torch.autograd.grad(F.cross_entropy(net(start), y, reduction="sum"), start)
     wanted = (start + reach*EPS*slope.sign()).detach().clamp(x - EPS, x + EPS).clamp(0, 1)
     assert torch.allclose(adv, wanted, atol=1e-6)
+
+
+# what is reported
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTED = [p for d in ("evaluate", "deploy") for p in sorted((ROOT / "phoenix" / d).glob("*.py"))]
+KEYED = {"efficientquant.py": "np.random.default_rng(seed)"} # draws that are named here one by one: seeded, and said so
+
+
+def draws(path):
+    "Calls of a random function without a generator of its own"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call): continue
+        name = ast.unparse(node.func)
+        free = re.fullmatch(r"np\.random\.\w+|random\.(random|uniform|choice|gauss|randint|shuffle|sample)", name)
+        free = free or re.fullmatch(r"torch\.(rand|randn|randint|randperm|rand_like|randn_like|bernoulli|normal|multinomial)", name)
+        if free and "generator" not in {k.arg for k in node.keywords} and ast.unparse(node) != KEYED.get(path.name): yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("paths", [case("S2-R47-contract-1-no-random-number-is-reported", REPORTED)])
+def test_no_random_number_is_reported(paths):
+    assert len(paths) > 50 and {p.name: list(draws(p)) for p in paths if list(draws(p))} == {}
+
+
+@pytest.mark.parametrize("cell_ids", [case("S2-R47-readme-is-made-from-kept-runs", ("be5a8f7b", "16ed38c0"))])
+def test_figures_of_the_readme_are_those_of_the_kept_runs(cell_ids, monkeypatch):
+    "The cells that print results say today what stands below them, and the README holds their lines"
+    cells = {c["id"]: c for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]}
+    monkeypatch.chdir(ROOT / "nbs")
+    names, readme = dict(Path=Path), (ROOT / "README.md").read_text()
+    for i in cell_ids:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said): exec("".join(cells[i]["source"]), names)
+        stored = "".join("".join(o["text"]) for o in cells[i]["outputs"])
+        assert said.getvalue() == stored and len(stored.splitlines()) > 5
+        assert all(line.rstrip() in readme for line in stored.splitlines())
