@@ -108,6 +108,20 @@ def test_calibration_errors_and_scores_are_those_of_torchmetrics(bins):
     assert abs(tm.multiclass_matthews_corrcoef(*t, num_classes=4).item() - found["mcc", ""]) < 1e-6
 
 
+NETCAL = {10: (.11746868438565918, .20281519729509623), 15: (.11746868438565918, .3213664433512273)} # netcal 1.4.0: ECE and MCE
+ON_EDGES = {(.6, .65): .525, (.5, .55): .525} # ten bins; torchmetrics has .125 and .025
+
+
+@pytest.mark.parametrize("bins", NETCAL)
+def test_calibration_errors_are_those_of_netcal(bins):
+    "By record, to 1e-12, also where a confidence lies on an edge: bins are closed on the right"
+    from phoenix.evaluate.calibration import ece, mce
+    p, y, _ = predictions()
+    assert (ece(p, y, bins), mce(p, y, bins)) == pytest.approx(NETCAL[bins], abs=1e-12)
+    for sure, golden in ON_EDGES.items():
+        assert ece(np.stack([sure, 1 - np.array(sure)], 1), np.array([0, 1]), 10) == pytest.approx(golden, abs=1e-12)
+
+
 @pytest.mark.slow
 def test_all_headlines_of_ten_thousand_predictions():
     "2,000 resamples of 10,000 rows of four classes: every headline, whole and per class"

@@ -44,14 +44,16 @@ def _verdict(r, alpha, level):
     return f"{who}; clear of zero on these pictures {word} (p {r['p_holm']:.3f} after Holm)"
 
 # %% ../../nbs/48b_evaluate.comparison.ipynb #02623971
+def _words(stat): return MAIN.get(stat, stat.replace('_', ' '))
+
 def _spans(comparison):
     "Every score with its interval, as `score of network`"
-    return {f'{r["score"]} of {r.model}'.replace('_', ' '):
+    return {f'{_words(r["score"])} of {r.model}':
             Interval(r['mean'], r.low, r.high, 0, comparison.level, method=r.method)
             for _, r in comparison.scores.iterrows()}
 
 
-_SAID = dict(detectable='smallest found', p='p of the corrected t', p_holm='p after Holm')
+_SAID = dict(detectable='smallest found', p_holm='p (Holm)')
 
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
@@ -62,8 +64,8 @@ def _tables(comparison, costs):
     recall = class_recall(comparison).reset_index(names='model')
     tables = [Table(wide, f'Mean over seeds, {100*comparison.level:g} % interval by group'),
               Table(recall, 'Recall of each class, mean over seeds'),
-              Table(comparison.paired.rename(columns=_SAID), f'Differences of {comparison.stats[0].replace("_", " ")}, as '
-                    'shares of one; the smallest found is that of 80 % power')]
+              Table(comparison.paired.rename(columns=_SAID), f'Differences of {_words(comparison.stats[0])}, as '
+                    'shares of one; smallest found at 80 % power; p of the corrected t')]
     return tables + ([] if costs is None else [Table(costs, 'What each network costs')])
 
 
@@ -109,7 +111,7 @@ def comparison_report(
     links:Mapping[str,str]|None=None, # other pages: text → address relative to this one
 )->ReportData: # for `write_report`
     "Everything the page shows"
-    c, stat = comparison, comparison.stats[0].replace('_', ' ')
+    c, stat = comparison, _words(comparison.stats[0])
     t = c.scores.query('score == @comparison.stats[0]').set_index('model').loc[c.models]
     top = [Headline(f'{stat}, {m}', Interval(r['mean'], r.low, r.high, 0, c.level), '%') for m, r in t.iterrows()]
     curves = [draw(partial(plot_curves, histories), 'Training loss.')] if histories else []
