@@ -55,6 +55,7 @@ def _spans(comparison):
 
 _SAID = dict(detectable='smallest found', p_holm='p (Holm)')
 
+# %% ../../nbs/48b_evaluate.comparison.ipynb #f222106b
 def _tables(comparison, costs):
     "The tables of the page: scores, classes, differences, costs"
     t = comparison.scores

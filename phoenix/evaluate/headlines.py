@@ -67,7 +67,8 @@ def _row(value, draws, left_out, units, level):
     "One row of the table: undefined values have no interval"
     if not np.isfinite(value) or np.isfinite(draws).sum() < len(draws)/2:
         return dict(value=value, low=np.nan, high=np.nan, percentile_low=np.nan, percentile_high=np.nan,
-                    method='', undefined=int((~np.isfinite(draws)).sum()), note='no interval: too few pictures or groups')
+                    method='', undefined=int((~np.isfinite(draws)).sum()),
+                    note='no interval: too few pictures or groups')
     plain = percentile_interval(value, draws, units, level=level)
     bca = bca_interval(value, draws, left_out, units, level=level)
     return dict(value=bca.value, low=bca.low, high=bca.high, percentile_low=plain.low, percentile_high=plain.high,

@@ -146,7 +146,7 @@ def label_section(
     names = ', '.join(c.replace('_', ' ') for c in undefined)
     left = [f'Without a value, and left out of the macro means: {names}.'] if undefined else []
     notes = sorted({i.note for i in report.macro.values() if i.note})
-    return Section(title, text, [Table(top, 'Macro means with 95 % percentile intervals, and how many labels stand in each'),
+    return Section(title, text, [Table(top, 'Macro means with 95 % percentile intervals, and their labels'),
                                  Table(report.table, 'Each label by itself')], _figures(s, spans),
                    warnings=left + notes, numbers=dict(scores=s, macro=report.macro, per_label=report.per_label,
                                                        ece=report.ece))

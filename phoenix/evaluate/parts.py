@@ -164,7 +164,8 @@ def _named(table):
     "Every headline with its interval, under the name that people read"
     said = [f'{_words(r.measure)} {_words(r["class"])}'.strip() + f' of source {r.source}'*(r.source != 'all')
             for _, r in table.iterrows()]
-    return {k: Interval(r.value, r.low, r.high, r.n_groups, method=r.method) for k, (_, r) in zip(said, table.iterrows())}
+    found = [Interval(r.value, r.low, r.high, r.n_groups, method=r.method) for _, r in table.iterrows()]
+    return dict(zip(said, found))
 
 def _few(spans, units):
     "A warning where an interval is wider than 30 points, and where groups are too few for intervals"
@@ -420,7 +421,8 @@ def robustness_section(
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']
     return Section('Attacks and scanner faults', text, [Table(_bounds(_sure(found.table())), 'Accuracy under attack'),
-                   Table(found.masking.table, 'Checks for hidden gradients'), Table(faults.table(), 'Share answered wrongly under each fault, mean over severities')],
+                   Table(found.masking.table, 'Checks for hidden gradients'),
+                   Table(faults.table(), 'Share answered wrongly under each fault')],
                    [curve, grid], warnings=[] if found.masking.passed else [f'{found.masking}.'.capitalize()],
                    numbers=dict(attack=found.attack, pictures=len(t), accuracy=_sure(found.table())))
 

@@ -484,8 +484,8 @@ def gap_section(
     figure = draw(plot, 'The same model and budget on both splits.',
                   f'Intervals of accuracy on the published and the certified split, gap {gap}', size=(4.6, 1.8))
     how = f'{how_drawn(found, n)} The gap is of two test sets drawn apart, and has percentiles.'
-    return Section('Published against certified split', [word, how], [Table(pd.DataFrame(rows), 'Accuracy on both splits')],
-                   [figure], numbers=dict(found, gap=gap))
+    table = Table(pd.DataFrame(rows), 'Accuracy on both splits')
+    return Section('Published against certified split', [word, how], [table], [figure], numbers=dict(found, gap=gap))
 
 # %% ../../nbs/48_evaluate.report.ipynb #65a47e38
 def control_section(
@@ -654,7 +654,8 @@ def shortcut_section(
     red = probes[probes['red']]
     alarms = [_probe_alarm(rows) for _, rows in red.groupby('target', sort=False)]
     said = ('A probe is red when even the low end of its interval leaves guessing behind by a tenth of what is left. '
-            f'{len(red)} of {len(probes)} probes are red. Skill is the share of the errors of guessing that a probe avoids.')
+            f'{len(red)} of {len(probes)} probes are red. Skill is the share of the errors of guessing that a probe '
+            'avoids.')
     table = Table(probes, 'What each accident tells about the label')
     return Section('Shortcuts', [*text, said], [table], list(figures), alarms=alarms,
                    numbers=dict(red=len(red), probes=len(probes)))

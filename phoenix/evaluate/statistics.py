@@ -210,7 +210,8 @@ def _signed(stat, models, targets, codes, stratum, n, seed, purpose='headlines')
         rows = [np.asarray(stat.rows(p, targets), dtype=float) for _, p in models]
         def value(sums): return sum(s*stat.value(x) for (s, _), x in zip(models, np.split(sums, len(models), axis=-1)))
         sums = _sum_by(np.concatenate(rows, axis=1), codes)
-        return value(sums.sum(0)), value(np.concatenate([w @ sums for w in draw_groups(stratum, n, seed, purpose=purpose)]))
+        drawn = [w @ sums for w in draw_groups(stratum, n, seed, purpose=purpose)]
+        return value(sums.sum(0)), value(np.concatenate(drawn))
     def value(weights): return sum(s*_reweighted(stat, p, targets, weights) for s, p in models)
     blocks = draw_groups(stratum, n, seed, purpose=purpose)
     return value(np.ones((1, len(targets))))[0], np.concatenate([value(w[:, codes]) for w in blocks])
@@ -276,7 +277,7 @@ def _area_left_out(probs, targets, name, codes):
         mine, place = targets == c, placements(probs[:, c], targets == c)
         area = place[mine].mean()
         out.append(area - np.bincount(codes, (place - area)/np.where(mine, mine.sum(), (~mine).sum())))
-    return np.mean(out, axis=0)
+    return np.mean(out, axis=0) if out else np.full(codes.max() + 1, np.nan)
 
 def _left_out(stat, models, targets, codes):
     "The signed sum of `stat` over `models` without each group (G,)"
