@@ -109,7 +109,8 @@ def _codes(groups, n):
     if groups.dtype.kind not in 'biufUS': groups = groups.astype(object)
     empty = [g is None or g == '' or g != g for g in groups.tolist()]
     if any(empty): raise MetricError(f'every row needs a group, {sum(empty)} have none; give each its own id')
-    return np.unique(groups.astype(str), return_inverse=True)[1]
+    names = groups.astype(str) # 2 before 10, whether numbers or text
+    return np.unique(np.char.rjust(names, names.dtype.itemsize//4), return_inverse=True)[1]
 
 def _sum_by(rows, codes):
     "Sums of `rows` (N,D) over each group (G,D)"
