@@ -842,12 +842,14 @@ def export(
     model:Path, # model folder
     folder:Path, # raw folder, for the parity check on its test images
     certificate:Path, # split certificate of that folder
-    engine:str="", # a second engine to certify as well, 'openvino'
+    engine:str="", # a second engine to certify as well, 'openvino'; 'executorch' for a program for phones
 )->Reply: # largest difference of logits at batch 1, 7 and 32; refused above 1e-4
     "Write model.onnx and prove that it equals the network"
     from phoenix.deploy.export import check_parity, export_onnx
     from phoenix.deploy.package import add_runtime, load_package
     package = load_package(model)
+    if engine == "executorch": return _export_phone(package, folder, certificate)
+    _second_engine(engine)
     images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
     with tempfile.TemporaryDirectory() as work:
         network = package.model()
@@ -861,6 +863,14 @@ def export(
     return Reply(parity.to_dict(), f"{text}\nmodel.onnx in {model}")
 
 
+def _second_engine(engine):
+    "Refuse the name of an engine before any work is done for it"
+    from phoenix.deploy.engines import check_engine
+    if engine == "executorch": raise PhoenixError("A program for phones must be float, this step makes 8 bits; "
+                                                  "run `phoenix export --engine executorch`")
+    if engine: check_engine(engine)
+
+
 def _certify_engine(model, images, runtime, engine):
     "Certify a second engine, and refuse one that answers otherwise"
     if not engine: return
@@ -868,6 +878,24 @@ def _certify_engine(model, images, runtime, engine):
     from phoenix.deploy.runtimes import certify_engine
     found = certify_engine(load_package(model), images, runtime, engine)
     if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
+
+# %% ../nbs/91_cli.ipynb #91e7a002
+def _export_phone(package, folder, certificate):
+    "Write an ExecuTorch program beside the model folder, or refuse one that answers otherwise"
+    from phoenix.deploy.phones import check_phone, export_phone, need_executorch
+    need_executorch()
+    from phoenix.records import write_bytes
+    images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
+    network, to = package.model(), Path(f"{Path(package.path).resolve()}.pte")
+    with tempfile.TemporaryDirectory() as work:
+        size, c_in = package.preprocess.size, images.shape[1]
+        path = export_phone(network, Path(work)/"model.pte", size=size, c_in=c_in)
+        parity = check_phone(network, path, images)
+        if not parity.ok: raise PhoenixError("The program must equal the network to 1e-4, but differs: "
+                                             f"{parity.to_dict()}; report this")
+        write_bytes(to, path.read_bytes())
+    told = parity.to_dict() | dict(program=str(to), size=list(size), bytes=to.stat().st_size)
+    return Reply(told, f"largest difference {parity.difference[1]:.1e}\n{to.name}, {to.stat().st_size/1e6:.1f} MB")
 
 # %% ../nbs/91_cli.ipynb #815e1b56
 @command(app, "quantize", "phoenix quantize runs/train-…/model data/raw/phantom split.json")
@@ -886,6 +914,7 @@ def quantize(
     from phoenix.deploy.package import add_runtime, load_package
     from phoenix.deploy.sensitivity import quantize_bearable
     from phoenix.keys import permutation
+    _second_engine(engine)
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")

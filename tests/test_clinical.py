@@ -344,7 +344,7 @@ def test_calibrate_makes_the_drift_reference_where_pictures_suffice(tmp_path):
     from phoenix.data.phantom import make_phantom
     from phoenix.data.pixels import read_pixels
     from phoenix.data.splits import make_split
-    from phoenix.deploy.drift import DriftError, describe, find_reference, input_facts, judge_window
+    from phoenix.deploy.drift import DriftError, describe, find_reference, input_facts, judge_window, reference_of
     from phoenix.deploy.drift import _project
     raw, split = tmp_path/"raw", tmp_path/"split.json"
     make_phantom(raw, patients=48, slices=3, size=64)
@@ -360,6 +360,8 @@ def test_calibrate_makes_the_drift_reference_where_pictures_suffice(tmp_path):
     reference = find_reference(package, "fp32")
     assert done.exit_code == 0 and said["drift"] == f"windows of {reference.window}" and said["pictures"] == len(files["valid"])
     assert {"decision.json", "drift.fp32.json", "drift.fp32.safetensors"} <= set(package.hashes)
+    same = reference_of(package, files["valid"], groups=list(parts["valid"].group), runtime="fp32")
+    assert reference.identity == same.identity, "of all validation pictures, by patient, and of no others"
     greys = [read_pixels(p).grey for p in (files["test"]*2)[:reference.window]]
     assert len(greys) == reference.window
     def p_values(pictures):

@@ -148,31 +148,22 @@ def _stacked(made, want):
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
 # %% ../../nbs/56a_deploy.engine.ipynb #d6aafc40
-def _watched(shapes, data):
-    "What the drift monitor sees of greys: their description and facts"
+def _watched(made):
+    "What the drift monitor sees of pictures: description and facts of each one's middle slice"
     from phoenix.deploy.drift import describe, input_facts
-    at, seen = 0, []
-    for h, w, size in shapes:
-        grey = np.frombuffer(data, f"u{size}", h*w, at).reshape(h, w)
-        seen.append([describe(grey).tolist(), input_facts(grey).tolist()])
-        at += grey.nbytes
-    return {"seen": seen}, b""
+    return [[f(greys[len(greys)//2]).tolist() for f in (describe, input_facts)] for greys, _ in made]
 
 # %% ../../nbs/56a_deploy.engine.ipynb #2603cade
 def _decoded(item, data, limits):
     "One upload decoded, or the text of its refusal"
     allow_cpu(limits.cpu_s)
     try:
-        if "watch" in item: return _watched(item["watch"], data)
         made = greys_of(data, limits, slices=item["slices"], pictures=item["pictures"])
-        stack, about = _stacked(made, item)
+        (stack, about), seen = _stacked(made, item), _watched(made) if item.get("watch") else []
     except MemoryError: return {"error": "a picture must decode within the memory allowed, this one does not: send a "
                                          "smaller one", "kind": "too_large"}, b""
     except PhoenixError as e: return {"error": str(e), "kind": getattr(e, "kind", "refused")}, b""
-    raw = [g[len(g)//2] for g, _ in made] if item.get("greys") else []
-    if sum(g.nbytes for g in raw) > 2**25: raw = []
-    return {"shape": stack.shape, "about": about, "greys": [[*g.shape, g.itemsize] for g in raw]}, b"".join(
-        [stack.tobytes(), *(g.tobytes() for g in raw)])
+    return {"shape": stack.shape, "about": about, "seen": seen}, stack.tobytes()
 
 # %% ../../nbs/56a_deploy.engine.ipynb #a745f5ac
 def _example_dicom(grey):
@@ -218,7 +209,7 @@ def _warm_up():
     cv2.setNumThreads(1)
     want = {"preprocess": Preprocess(size=(32, 32)).spec(), "slices": 1, "pictures": 1}
     for data in _examples(): decode_upload(data, want, UploadLimits())
-    _watched([[64, 64, 1]], bytes(64*64))
+    _watched([([np.zeros((64, 64), np.uint8)], {})])
 
 
 def make_decoder(
@@ -467,20 +458,11 @@ def decode(self:Engine,
     data:bytes, # an upload
     *,
     pictures:int=9, # most slices of a volume
-    greys:bool=False, # give the raw greys too, for `watch`
+    watch:bool=False, # tell what a drift monitor must know of each picture too, as `seen`
     within_s:float=30., # after which nobody waits
 )->Future: # of a head with shape and facts, and the bytes of `(N,slices,h,w)` uint8
     "Hand an upload to a decoder"
-    return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
-
-# %% ../../nbs/56a_deploy.engine.ipynb #71a2b08d
-@patch
-def watch(self:Engine,
-    answer:tuple, # what a decoder's future became, with greys
-)->Future: # of a head with `seen`: description and facts of each picture
-    "Let a decoder look at greys for the drift monitor"
-    head, raw = answer
-    return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
+    return self.decoders.submit("", served.want(pictures) | {"watch": watch}, data, within_s)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #bed3d3ef
 def stack_of(
@@ -488,7 +470,7 @@ def stack_of(
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each
     "The pictures in a decoder's answer"
     head, raw = answer
-    return np.frombuffer(raw, np.uint8, int(np.prod(head["shape"]))).reshape(head["shape"]), head["about"]
+    return np.frombuffer(raw, np.uint8).reshape(head["shape"]), head["about"]
 
 
 @patch
