@@ -12,10 +12,13 @@ import time
 from collections import Counter
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
+from phoenix.deploy.engine import as_input
 from phoenix.deploy.load import closed_loop, open_loop, processor_ms, summary
+from phoenix.deploy.package import load_package
 from serving import Server, answered, attackers, picture, post, save_model
 
 pytestmark = pytest.mark.slow
@@ -90,6 +93,32 @@ def test_open_loop_at_twice_the_capacity(server):
     keeps_its_word(found, bound)
     assert found["refused_p99_ms"] <= 50 and found["answered_per_s"] > .7*capacity
     assert memory(server) < before*1.1 + 20
+
+
+def test_throughput_beside_a_bare_loop(model, tmp_path):
+    "The server answers 85 % and more of what the same session does in a loop, at its batch sizes and threads; turn by turn"
+    package, turns = load_package(model), []
+    def bare(size, seconds):
+        x = as_input(np.random.default_rng(0).integers(0, 256, (size, 1, 128, 128), np.uint8), 1)
+        package.logits(x, "fp32", 1)
+        n, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds: n += len(package.logits(x, "fp32", 1))
+        return n/(time.perf_counter() - start)
+    def done(s):
+        text = httpx.get(f"{s.url}/metrics", headers=s.headers(), timeout=30).text
+        return np.array([float(re.search(rf'^phoenix_worker_{n}{{pool="model"}} (\S+)', text, re.M)[1]) for n in ("jobs", "batches")])
+    with Server(tmp_path, model, f"plan=Plan(None, None), queue={QUEUE}") as s:
+        s.wait()
+        asyncio.run(closed_loop(s.url, s.key, picture(), users=16, seconds=2))
+        for _ in range(5):
+            before = done(s)
+            served = summary(asyncio.run(closed_loop(s.url, s.key, picture(), users=16, seconds=SECONDS/10)), SECONDS/10)["answered_per_s"]
+            jobs, batches = done(s) - before
+            turns.append((served, bare(max(round(jobs/batches), 1), SECONDS/10), jobs/batches))
+    ratio = statistics.median(a/b for a, b, _ in turns)
+    say("beside a bare loop", ratio=ratio, ratios=[round(a/b, 2) for a, b, _ in turns], batch=statistics.median(t[2] for t in turns),
+        served_per_s=statistics.median(t[0] for t in turns), bare_per_s=statistics.median(t[1] for t in turns), load=os.getloadavg()[0])
+    assert ratio >= .85
 
 
 def test_slow_and_lying_sockets(server):
