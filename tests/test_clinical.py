@@ -369,7 +369,7 @@ def test_calibrate_makes_the_drift_reference_where_pictures_suffice(tmp_path):
         z = _project(reference.arrays, np.stack([describe(g) for g in pictures]))
         return judge_window(reference, z, np.zeros(len(z), int), np.array(broken)), np.mean(broken)
     (calm, few), (drift, many) = p_values(greys), p_values([(g*.3).astype(np.uint8) for g in greys])
-    assert min(calm["embedding"], calm["contract"]) > .01 and min(drift["embedding"], drift["contract"]) < .005 and many > few
+    assert min(calm["embedding"], calm["contract"]) > .01 and max(drift["embedding"], drift["contract"]) < .01 and many > few
     changed = add_runtime(package.path, "fp32", network(tmp_path/"other.onnx", np.ones((64, 4)), (8, 8)), {"ok": True})
     with pytest.raises(DriftError, match="calibrate again"): find_reference(changed, "fp32")
 
