@@ -848,9 +848,12 @@ def export(
     from phoenix.deploy.export import check_parity, export_onnx
     from phoenix.deploy.package import add_runtime, load_package
     package = load_package(model)
-    if engine == "executorch": return _export_phone(package, folder, certificate)
-    _second_engine(engine)
+    _second_engine(engine, phones=True)
     images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
+    if engine == "executorch":
+        from phoenix.deploy.phones import ship_phone
+        told = ship_phone(package, images)
+        return Reply(told, f"largest difference {told['difference']['1']:.1e}\n{told['program']}")
     with tempfile.TemporaryDirectory() as work:
         network = package.model()
         path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size, c_in=images.shape[1])
@@ -863,12 +866,15 @@ def export(
     return Reply(parity.to_dict(), f"{text}\nmodel.onnx in {model}")
 
 
-def _second_engine(engine):
-    "Refuse the name of an engine before any work is done for it"
+def _second_engine(engine, phones=False):
+    "Refuse an engine before any work is done for it"
     from phoenix.deploy.engines import check_engine
-    if engine == "executorch": raise PhoenixError("A program for phones must be float, this step makes 8 bits; "
-                                                  "run `phoenix export --engine executorch`")
-    if engine: check_engine(engine)
+    if engine == "executorch" and phones:
+        from phoenix.deploy.phones import need_executorch
+        need_executorch()
+    elif engine == "executorch": raise PhoenixError("A program for phones must be float and alone, this step makes "
+                                                    "another; run `phoenix export --engine executorch`")
+    elif engine: check_engine(engine)
 
 
 def _certify_engine(model, images, runtime, engine):
@@ -878,24 +884,6 @@ def _certify_engine(model, images, runtime, engine):
     from phoenix.deploy.runtimes import certify_engine
     found = certify_engine(load_package(model), images, runtime, engine)
     if not found["ok"]: raise PhoenixError(f"{engine} must answer as ONNX Runtime does, it does not: {found}; leave it")
-
-# %% ../nbs/91_cli.ipynb #91e7a002
-def _export_phone(package, folder, certificate):
-    "Write an ExecuTorch program beside the model folder, or refuse one that answers otherwise"
-    from phoenix.deploy.phones import check_phone, export_phone, need_executorch
-    need_executorch()
-    from phoenix.records import write_bytes
-    images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
-    network, to = package.model(), Path(f"{Path(package.path).resolve()}.pte")
-    with tempfile.TemporaryDirectory() as work:
-        size, c_in = package.preprocess.size, images.shape[1]
-        path = export_phone(network, Path(work)/"model.pte", size=size, c_in=c_in)
-        parity = check_phone(network, path, images)
-        if not parity.ok: raise PhoenixError("The program must equal the network to 1e-4, but differs: "
-                                             f"{parity.to_dict()}; report this")
-        write_bytes(to, path.read_bytes())
-    told = parity.to_dict() | dict(program=str(to), size=list(size), bytes=to.stat().st_size)
-    return Reply(told, f"largest difference {parity.difference[1]:.1e}\n{to.name}, {to.stat().st_size/1e6:.1f} MB")
 
 # %% ../nbs/91_cli.ipynb #815e1b56
 @command(app, "quantize", "phoenix quantize runs/train-…/model data/raw/phantom split.json")
@@ -1144,6 +1132,7 @@ def serve(
     wait:float=1., # seconds within which pictures are to be answered: fewer are let in while they take longer
     batch:int=8, # most pictures in one run of the network
     threads:int=1, # of the model process
+    engine:str="auto", # 'onnxruntime' or 'openvino'; the faster here of those that are certified when 'auto'
     per_minute:int=600, # requests of a key, where its tenant has no plan; 0 for no limit
 )->Reply: # when the server has ended
     "Serve a model: API, page, metrics; research use only"
@@ -1154,11 +1143,12 @@ def serve(
     name, key = prepare_store(model, name=name, runtime=runtime, store=store)
     json_logging(level=load_settings().log_level)
     plan = Plan(Rule(per_minute) if per_minute else None, Rule(5*per_minute) if per_minute else None)
-    engine = EngineOptions(threads=threads, batch=batch, queue=2*queue + 64)
+    if engine != "auto": _second_engine(engine)
+    children = EngineOptions(threads=threads, engine=engine, batch=batch, queue=2*queue + 64)
     def announce(address):
         typer.echo(f"phoenix serves {name} at {address}", err=True)
         if key: typer.echo(f"a first key, shown this once: {key}", err=True)
-    options = ServeOptions(name, store, queue, wait, plan=plan, engine=engine)
+    options = ServeOptions(name, store, queue, wait, plan=plan, engine=children)
     code = run_server(options, host=host, port=port, announce=announce)
     said = "the model could not be opened: see the log" if code else "the server ended, what it accepted is answered"
     return Reply(dict(model=name, code=code), said, code)

@@ -211,7 +211,7 @@ def test_schemathesis(server, tmp_path):
     import sys
     seconds = 300 if SECONDS >= 60 else 30
     run = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "-H", f"Authorization: Bearer {server.key}",
-           "--checks", "not_a_server_error", "--max-time", str(seconds), "--no-color"]
+           "--checks", "not_a_server_error", "--max-time", str(seconds), "--request-timeout", "60", "--no-color"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(run, capture_output=True, text=True, timeout=seconds + 120, cwd=tmp_path)
         print(done.stdout[-3000:], done.stderr[-500:])

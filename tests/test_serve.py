@@ -35,6 +35,20 @@ def server(model, tmp_path_factory):
     with Server(tmp_path_factory.mktemp("server"), model, options) as s: yield s.wait()
 
 
+def series(n):
+    "A zip of a DICOM series of `n` slices with a bright square"
+    from pydicom import dcmread
+    from phoenix.deploy.engine import _example_dicom
+    out, uid = io.BytesIO(), "1.2.826.0.1.3680043.8.498.1"
+    with zipfile.ZipFile(out, "w") as z:
+        for k in range(n):
+            ds, part = dcmread(io.BytesIO(_example_dicom(np.pad(np.full((24, 24), 90, np.uint8), 8)))), io.BytesIO()
+            ds.SeriesInstanceUID, ds.ImagePositionPatient, ds.InstanceNumber = uid, [0, 0, 3*k], k + 1
+            ds.save_as(part, enforce_file_format=True)
+            z.writestr(f"{k}.dcm", part.getvalue())
+    return out.getvalue()
+
+
 def get(server, path, **kw): return httpx.get(server.url + path, headers=server.headers(), timeout=30, **kw)
 
 
@@ -58,6 +72,7 @@ def test_forms_volumes_and_archives(server):
     with zipfile.ZipFile(out, "w") as z:
         for k in range(2): z.writestr(f"{k}.jpg", picture(patient=k, format="JPEG"))
     assert len(post(server, out.getvalue()).json()["answers"]) == 2
+    assert [a["slice"] for a in post(server, series(5), "/v1/predict?slices=2").json()["answers"]] == [1, 3]
     form = httpx.post(server.url + "/v1/predict", files={"file": ("name-of-a-patient.png", picture())}, timeout=30,
                       headers={"X-API-Key": server.key}).json()
     assert form["answers"] == post(server).json()["answers"]

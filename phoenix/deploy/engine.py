@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.engine.html.md"""
 
 # %% auto #0
 __all__ = ['UploadLimits', 'upload_kind', 'UploadError', 'unpack', 'greys_of', 'decode_upload', 'make_decoder', 'Served',
-           'as_input', 'make_model', 'explain_picture', 'make_explainer', 'EngineOptions', 'Engine', 'stack_of']
+           'as_input', 'model_key', 'key_parts', 'make_model', 'explain_picture', 'make_explainer', 'EngineOptions',
+           'Engine', 'stack_of']
 
 # %% ../../nbs/56a_deploy.engine.ipynb #82b6b0a0
 import gzip
@@ -238,6 +239,7 @@ class Served:
     synthetic:bool # trained on made images
     published:bool # trained on a split that leaks
     golden:list # logits of the ramp
+    engine:str="onnxruntime" # what runs the network
 
     def want(self,
         pictures:int=9, # most slices of a volume
@@ -262,7 +264,7 @@ def _ramp(size, slices):
     return np.broadcast_to(grey, (1, slices, h, w)).astype(np.uint8)
 
 
-def _facts(package, runtime, threads):
+def _facts(package, runtime, threads, engine):
     "What the parent must know of an open model"
     from phoenix.deploy.package import RUNTIMES
     info, pixels = package.info, package.info["pixels"]
@@ -272,7 +274,7 @@ def _facts(package, runtime, threads):
                 size=list(package.preprocess.size), slices=slices, channels=channels,
                 sha256=package.hashes[RUNTIMES[runtime]], data_sha256=info.get("certificate_sha256", ""),
                 synthetic=info["synthetic"], published=info["published"],
-                golden=package.logits(x, runtime, threads)[0].tolist())
+                golden=package.logits(x, runtime, threads, engine)[0].tolist(), engine=engine)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #c1a0bee9
 def _judged(package, runtime, threads):
@@ -287,6 +289,30 @@ def _judged(package, runtime, threads):
         return asdict(f) | {"review": f.review}
     return finding
 
+# %% ../../nbs/56a_deploy.engine.ipynb #72ec2955
+def model_key(
+    runtime:str, # 'fp32' or 'int8'
+    engine:str, # 'onnxruntime', 'openvino' or 'auto'
+    folder:str|Path, # a model folder
+)->str: # by which parent and model process speak of an open network
+    "The name of a network, its engine and its folder"
+    return f"{runtime}@{engine}:{Path(folder).resolve()}"
+
+
+def key_parts(
+    key:str, # of `model_key`
+)->tuple[str,str,str]: # runtime, engine and folder
+    "What a key says"
+    how, _, folder = key.partition(":")
+    runtime, _, engine = how.partition("@")
+    return runtime, engine or "onnxruntime", folder
+
+# %% ../../nbs/56a_deploy.engine.ipynb #72ec2958
+def _chosen(package, runtime, threads, engine):
+    "The engine that is meant: measured where the key leaves it open"
+    if "decision.json" in package.hashes: return "onnxruntime"
+    return next(iter(package.race(runtime, threads))) if engine == "auto" else engine
+
 # %% ../../nbs/56a_deploy.engine.ipynb #72ec2956
 def make_model(
     setup:dict, # threads, and the keys of models to open at once
@@ -295,10 +321,13 @@ def make_model(
     from phoenix.deploy.package import load_package, softmax
     packages, threads = {}, setup["threads"]
     def opened(key):
+        runtime, engine, folder = key_parts(key)
+        if engine == "auto":
+            engine = _chosen(load_package(folder), runtime, threads, engine)
+            return opened(model_key(runtime, engine, folder))
         if key not in packages:
-            runtime, _, folder = key.partition(":")
             package = load_package(folder)
-            facts = _facts(package, runtime, threads)
+            facts = _facts(package, runtime, threads, engine)
             ramp = _ramp(facts["size"], facts["slices"])[0]
             packages[key] = package, runtime, facts, _judged(package, runtime, threads), ramp
         return packages[key]
@@ -307,7 +336,7 @@ def make_model(
         except PhoenixError as e: return [({"error": str(e), "kind": "model"}, b"") for _ in items]
         x = [np.frombuffer(p, np.uint8).reshape(ramp.shape) if len(p) else ramp for p in parts]
         x = as_input(np.stack(x), facts["channels"])
-        logits = package.logits(x, runtime, threads)
+        logits = package.logits(x, runtime, threads, facts["engine"])
         return [({"probs": p.tolist(), "logits": z.tolist(), "finding": judged(one) if part else None}
                  | (facts if i.get("open") else {}), b"")
                 for i, z, p, one, part in zip(items, logits, softmax(logits), x, parts)]
@@ -367,7 +396,7 @@ def make_explainer(
     nets = {}
     def one(key, item, part):
         try:
-            nets[key] = nets.get(key) or _network(load_package(key.partition(":")[2]))
+            nets[key] = nets.get(key) or _network(load_package(key_parts(key)[2]))
             if item["map"] not in (can := map_names(nets[key])):
                 raise UploadError(f"a map must be one of {', '.join(can)} here, got {item['map']!r}: correct it")
             stack = np.frombuffer(part, np.uint8).reshape(1, *item["shape"])
@@ -381,6 +410,7 @@ def make_explainer(
 class EngineOptions:
     "How the children work"
     threads:int=1 # of the model process
+    engine:str="auto" # 'onnxruntime', 'openvino', or the fastest here of those that are certified
     batch:int=8 # most pictures in one run of the network
     delay_ms:float=4. # how long a picture waits for others
     queue:int=256 # most pictures that wait or are worked on
@@ -433,13 +463,14 @@ def open(self:Engine,
     name:str="", # as the registry calls it
 )->Served: # verified, loaded and tried once
     "Open a model in the model process; requests can go to it afterwards, also after a restart of the process"
-    key = f"{runtime}:{Path(folder).resolve()}"
-    if key in self.open_models: return self.open_models[key]
-    head, _ = self.models.submit(key, {"open": True}, within_s=60).result()
+    asked = model_key(runtime, self.options.engine, folder)
+    if asked in self.open_models: return self.open_models[asked]
+    head, _ = self.models.submit(asked, {"open": True}, within_s=60).result()
     facts = {k: v for k, v in head.items() if k not in ("probs", "logits", "finding")}
+    key = model_key(runtime, facts["engine"], folder)
     served = Served(key, name or Path(folder).name, **facts | {"size": tuple(facts["size"])})
     self.models.setup = self.models.setup | {"keys": [*self.models.setup["keys"], key]}
-    self.open_models[key] = served
+    self.open_models[asked] = served
     return served
 
 

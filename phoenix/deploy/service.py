@@ -34,7 +34,7 @@ from .batches import Batches, BatchLimits, Spool
 from .desk import Desk
 from .door import Access, Asked, DoorLimits, House, Refusal, Room, busy
 from .drift import DriftError, DriftMonitor, find_reference
-from .engine import Engine, EngineOptions, Served, stack_of
+from .engine import Engine, EngineOptions, Served, key_parts, stack_of
 from .keys import KeyRefused, Keyring, bearer
 from .limits import Limiter, Plan, Usage
 from .registry import Answers, Registry, RegistryError, State, Version
@@ -450,7 +450,8 @@ def model_of(
 )->dict: # JSON types only
     "What an answer says about the version behind it"
     return {"version": served.name, "sha256": served.sha256, "data_sha256": served.data_sha256,
-            "runtime": served.key.partition(":")[0], "synthetic": served.synthetic, "published": served.published}
+            "runtime": key_parts(served.key)[0], "engine": served.engine, "synthetic": served.synthetic,
+            "published": served.published}
 
 # %% ../../nbs/56d_deploy.service.ipynb #b578666f
 async def _all(futures):
