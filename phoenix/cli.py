@@ -843,13 +843,18 @@ def export(
     model:Path, # model folder
     folder:Path, # raw folder, for the parity check on its test images
     certificate:Path, # split certificate of that folder
-    engine:str="", # a second engine to certify as well, 'openvino'
+    engine:str="", # a second engine to certify as well, 'openvino'; 'executorch' for a program for phones
 )->Reply: # largest difference of logits at batch 1, 7 and 32; refused above 1e-4
     "Write model.onnx and prove that it equals the network"
     from phoenix.deploy.export import check_parity, export_onnx
     from phoenix.deploy.package import add_runtime, load_package
     package = load_package(model)
+    _second_engine(engine, phones=True)
     images = package.images(_files(package, folder, _part(folder, certificate, "test"))[:64])
+    if engine == "executorch":
+        from phoenix.deploy.phones import ship_phone
+        told = ship_phone(package, images)
+        return Reply(told, f"largest difference {told['difference']['1']:.1e}\n{told['program']}")
     with tempfile.TemporaryDirectory() as work:
         network = package.model()
         path = export_onnx(network, Path(work)/"model.onnx", size=package.preprocess.size, c_in=images.shape[1])
@@ -860,6 +865,17 @@ def export(
     _certify_engine(model, images, "fp32", engine)
     text = lines([dict(batch=b, largest_difference=f"{d:.1e}") for b, d in parity.difference.items()])
     return Reply(parity.to_dict(), f"{text}\nmodel.onnx in {model}")
+
+
+def _second_engine(engine, phones=False):
+    "Refuse an engine before any work is done for it"
+    from phoenix.deploy.engines import check_engine
+    if engine == "executorch" and phones:
+        from phoenix.deploy.phones import need_executorch
+        need_executorch()
+    elif engine == "executorch": raise PhoenixError("A program for phones must be float and alone, this step makes "
+                                                    "another; run `phoenix export --engine executorch`")
+    elif engine: check_engine(engine)
 
 
 def _certify_engine(model, images, runtime, engine):
@@ -887,6 +903,7 @@ def quantize(
     from phoenix.deploy.package import add_runtime, load_package
     from phoenix.deploy.sensitivity import quantize_bearable
     from phoenix.keys import permutation
+    _second_engine(engine)
     package = load_package(model)
     if "fp32" not in package.runtimes: raise PhoenixError("The model folder must hold model.onnx, it has none; run "
                                                           "`phoenix export` first")
@@ -1117,6 +1134,7 @@ def serve(
     wait:float=1., # seconds within which pictures are to be answered: fewer are let in while they take longer
     batch:int=8, # most pictures in one run of the network
     threads:int=1, # of the model process
+    engine:str="auto", # 'onnxruntime' or 'openvino'; the faster here of those that are certified when 'auto'
     per_minute:int=600, # requests of a key, where its tenant has no plan; 0 for no limit
 )->Reply: # when the server has ended
     "Serve a model: API, page, metrics; research use only"
@@ -1127,11 +1145,12 @@ def serve(
     name, key = prepare_store(model, name=name, runtime=runtime, store=store)
     json_logging(level=load_settings().log_level)
     plan = Plan(Rule(per_minute) if per_minute else None, Rule(5*per_minute) if per_minute else None)
-    engine = EngineOptions(threads=threads, batch=batch, queue=2*queue + 64)
+    if engine != "auto": _second_engine(engine)
+    children = EngineOptions(threads=threads, engine=engine, batch=batch, queue=2*queue + 64)
     def announce(address):
         typer.echo(f"phoenix serves {name} at {address}", err=True)
         if key: typer.echo(f"a first key, shown this once: {key}", err=True)
-    options = ServeOptions(name, store, queue, wait, plan=plan, engine=engine)
+    options = ServeOptions(name, store, queue, wait, plan=plan, engine=children)
     code = run_server(options, host=host, port=port, announce=announce)
     said = "the model could not be opened: see the log" if code else "the server ended, what it accepted is answered"
     return Reply(dict(model=name, code=code), said, code)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -11,15 +12,18 @@ import time
 from collections import Counter
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
+from phoenix.deploy.engine import as_input
 from phoenix.deploy.load import closed_loop, open_loop, processor_ms, summary
+from phoenix.deploy.package import load_package
 from serving import Server, answered, attackers, picture, post, save_model
 
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("FIRE_SECONDS", 60))
-QUEUE = 32
+QUEUE, PROMISE = 32, .4
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def model(tmp_path_factory): return save_model(tmp_path_factory.mktemp("models")
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("fire"), model, f"plan=Plan(None, None), queue={QUEUE}") as s:
+    with Server(tmp_path_factory.mktemp("fire"), model, f"plan=Plan(None, None), queue={QUEUE}, wait_s={PROMISE}") as s:
         s.wait()
         asyncio.run(closed_loop(s.url, s.key, picture(), users=4, seconds=1))
         yield s
@@ -47,6 +51,20 @@ def inside(server, since):
     return {f"server_{s}_p{q}_ms": v[min(int(q/100*len(v)), len(v) - 1)] for s, v in took.items() if v for q in (50, 99)}
 
 
+def bounds(server, found):
+    "What the server states that an accepted request waits at most, and the time that all places take at this run's pace, ms"
+    text = httpx.get(f"{server.url}/metrics", headers=server.headers(), timeout=30).text
+    said, places = (float(re.search(rf"^phoenix_{n} (\S+)$", text, re.M)[1]) for n in ("promise_seconds", "places"))
+    return dict(promised_ms=1e3*said, full_queue_ms=1e3*QUEUE/found["answered_per_s"], places=places)
+
+
+def keeps_its_word(found, bound):
+    "Accepted requests end within what was promised, refused ones hear so at once, and nothing else happens"
+    assert found["other"] == 0 and found["refused"] > 0
+    assert found["sent_p99_ms"] <= bound["promised_ms"], (found, bound)
+    assert found["refused_p50_ms"] <= 50, found
+
+
 def lines(server): return len(server.log.read_text().splitlines())
 
 
@@ -55,13 +73,14 @@ def say(name, **figures): print(f"\nfire: {name}: " + ", ".join(f"{k} {v:.3g}" i
 
 @pytest.mark.parametrize("n", [50, 200])
 def test_many_callers(server, n):
-    "Nothing but 200 and 429, nobody waits longer than a full queue takes, and memory stays"
+    "Nothing but 200 and 429, 99 of 100 accepted within what the server promises, and memory stays"
     asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=3))
     before, since = memory(server), lines(server)
     seen = asyncio.run(closed_loop(server.url, server.key, picture(), users=n, seconds=SECONDS/4))
     found = summary(seen, SECONDS/4)
-    say(f"{n} callers", **found, bound_ms=1e3*QUEUE/found["answered_per_s"], **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
-    assert found["other"] == 0 and found["answered_per_s"] > 0
+    bound = bounds(server, found)
+    say(f"{n} callers", **found, **bound, **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    keeps_its_word(found, bound)
     assert memory(server) < before*1.1 + 20
 
 
@@ -69,10 +88,37 @@ def test_open_loop_at_twice_the_capacity(server):
     capacity = summary(asyncio.run(closed_loop(server.url, server.key, picture(), users=QUEUE//2, seconds=5)), 5)["answered_per_s"]
     before, since = memory(server), lines(server)
     found = summary(asyncio.run(open_loop(server.url, server.key, picture(), rate=2*capacity, seconds=SECONDS)), SECONDS)
-    bound = 1e3*QUEUE/found["answered_per_s"]
-    say("open loop at 2x", capacity=capacity, **found, **inside(server, since), bound_ms=bound, memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
-    assert found["other"] == 0 and found["refused"] > 0
+    bound = bounds(server, found)
+    say("open loop at 2x", capacity=capacity, **found, **bound, **inside(server, since), memory_before=before, memory_after=memory(server), load=os.getloadavg()[0])
+    keeps_its_word(found, bound)
+    assert found["refused_p99_ms"] <= 50
     assert memory(server) < before*1.1 + 20
+
+
+def test_throughput_beside_a_bare_loop(model, tmp_path):
+    "The server answers 85 % and more of what the same session does in a loop, at its batch sizes and threads; turn by turn"
+    package, turns = load_package(model), []
+    def bare(size, seconds):
+        x = as_input(np.random.default_rng(0).integers(0, 256, (size, 1, 128, 128), np.uint8), 1)
+        package.logits(x, "fp32", 1)
+        n, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds: n += len(package.logits(x, "fp32", 1))
+        return n/(time.perf_counter() - start)
+    def done(s):
+        text = httpx.get(f"{s.url}/metrics", headers=s.headers(), timeout=30).text
+        return np.array([float(re.search(rf'^phoenix_worker_{n}{{pool="model"}} (\S+)', text, re.M)[1]) for n in ("jobs", "batches")])
+    with Server(tmp_path, model, f"plan=Plan(None, None), queue={QUEUE}") as s:
+        s.wait()
+        asyncio.run(closed_loop(s.url, s.key, picture(), users=16, seconds=2))
+        for _ in range(5):
+            before = done(s)
+            served = summary(asyncio.run(closed_loop(s.url, s.key, picture(), users=16, seconds=SECONDS/10)), SECONDS/10)["answered_per_s"]
+            jobs, batches = done(s) - before
+            turns.append((served, bare(max(round(jobs/batches), 1), SECONDS/10), jobs/batches))
+    ratio = statistics.median(a/b for a, b, _ in turns)
+    say("beside a bare loop", ratio=ratio, ratios=[round(a/b, 2) for a, b, _ in turns], batch=statistics.median(t[2] for t in turns),
+        served_per_s=statistics.median(t[0] for t in turns), bare_per_s=statistics.median(t[1] for t in turns), load=os.getloadavg()[0])
+    assert ratio >= .85
 
 
 def test_slow_and_lying_sockets(server):
@@ -92,9 +138,9 @@ def test_slow_and_lying_sockets(server):
         rounds.append((idle, under))
         say("500 slow sockets", **{f"{w}_{k}": v for w, f in (("idle", idle), ("under", under)) for k, v in f.items()
                                    if k in ("p50_ms", "p99_ms", "refused", "other")}, load=os.getloadavg()[0])
-    refused = max(u["refused"] for _, u in rounds)
-    say("500 slow sockets", p99_ratio=statistics.median(u["p99_ms"]/i["p99_ms"] for i, u in rounds), refused=refused,
-        front_of_a_core=statistics.median(alone))
+    refused, ratio = max(u["refused"] for _, u in rounds), statistics.median(u["p99_ms"]/i["p99_ms"] for i, u in rounds)
+    say("500 slow sockets", p99_ratio=ratio, refused=refused, front_of_a_core=statistics.median(alone))
+    assert ratio < 2, "of three rounds, each beside its own idle one, the middle one"
     assert all(f["other"] == 0 for r in rounds for f in r) and refused < .1
     assert statistics.median(alone) < .25, "500 slow sockets must cost the server less than a quarter of a core"
     assert post(server).status_code == 200
@@ -137,6 +183,7 @@ def test_twenty_ends_under_load(model, tmp_path):
             assert s.process.wait(60) == 0
         rows = [json.loads(x) for x in s.log.read_text().splitlines()]
         logged = Counter(r["status"] for r in rows if r.get("route") == "/v1/predict")
+        assert not any("requests" in r for r in rows), "so few refusals have a line each"
         assert logged == Counter({k: v for k, v in got.items() if isinstance(k, int)}), "each request that was read is answered, once"
         totals += got
     say("SIGTERM", ends=ends, **{str(k): v for k, v in totals.items()})
@@ -164,7 +211,7 @@ def test_schemathesis(server, tmp_path):
     import sys
     seconds = 300 if SECONDS >= 60 else 30
     run = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "-H", f"Authorization: Bearer {server.key}",
-           "--checks", "not_a_server_error", "--max-time", str(seconds), "--no-color"]
+           "--checks", "not_a_server_error", "--max-time", str(seconds), "--request-timeout", "60", "--no-color"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(run, capture_output=True, text=True, timeout=seconds + 120, cwd=tmp_path)
         print(done.stdout[-3000:], done.stderr[-500:])

@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/deploy.engine.html.md"""
 
 # %% auto #0
 __all__ = ['UploadLimits', 'upload_kind', 'UploadError', 'unpack', 'greys_of', 'decode_upload', 'make_decoder', 'Served',
-           'as_input', 'make_model', 'explain_picture', 'make_explainer', 'EngineOptions', 'Engine', 'stack_of']
+           'as_input', 'model_key', 'key_parts', 'make_model', 'explain_picture', 'make_explainer', 'EngineOptions',
+           'Engine', 'stack_of']
 
 # %% ../../nbs/56a_deploy.engine.ipynb #82b6b0a0
 import gzip
@@ -148,31 +149,22 @@ def _stacked(made, want):
     return np.stack([[preprocess(g) for g in greys] for greys, _ in made]), [about for _, about in made]
 
 # %% ../../nbs/56a_deploy.engine.ipynb #d6aafc40
-def _watched(shapes, data):
-    "What the drift monitor sees of greys: their description and facts"
+def _watched(made):
+    "What the drift monitor sees of pictures: description and facts of each one's middle slice"
     from phoenix.deploy.drift import describe, input_facts
-    at, seen = 0, []
-    for h, w, size in shapes:
-        grey = np.frombuffer(data, f"u{size}", h*w, at).reshape(h, w)
-        seen.append([describe(grey).tolist(), input_facts(grey).tolist()])
-        at += grey.nbytes
-    return {"seen": seen}, b""
+    return [[f(greys[len(greys)//2]).tolist() for f in (describe, input_facts)] for greys, _ in made]
 
 # %% ../../nbs/56a_deploy.engine.ipynb #2603cade
 def _decoded(item, data, limits):
     "One upload decoded, or the text of its refusal"
     allow_cpu(limits.cpu_s)
     try:
-        if "watch" in item: return _watched(item["watch"], data)
         made = greys_of(data, limits, slices=item["slices"], pictures=item["pictures"])
-        stack, about = _stacked(made, item)
+        (stack, about), seen = _stacked(made, item), _watched(made) if item.get("watch") else []
     except MemoryError: return {"error": "a picture must decode within the memory allowed, this one does not: send a "
                                          "smaller one", "kind": "too_large"}, b""
     except PhoenixError as e: return {"error": str(e), "kind": getattr(e, "kind", "refused")}, b""
-    raw = [g[len(g)//2] for g, _ in made] if item.get("greys") else []
-    if sum(g.nbytes for g in raw) > 2**25: raw = []
-    return {"shape": stack.shape, "about": about, "greys": [[*g.shape, g.itemsize] for g in raw]}, b"".join(
-        [stack.tobytes(), *(g.tobytes() for g in raw)])
+    return {"shape": stack.shape, "about": about, "seen": seen}, stack.tobytes()
 
 # %% ../../nbs/56a_deploy.engine.ipynb #a745f5ac
 def _example_dicom(grey):
@@ -218,7 +210,7 @@ def _warm_up():
     cv2.setNumThreads(1)
     want = {"preprocess": Preprocess(size=(32, 32)).spec(), "slices": 1, "pictures": 1}
     for data in _examples(): decode_upload(data, want, UploadLimits())
-    _watched([[64, 64, 1]], bytes(64*64))
+    _watched([([np.zeros((64, 64), np.uint8)], {})])
 
 
 def make_decoder(
@@ -247,6 +239,7 @@ class Served:
     synthetic:bool # trained on made images
     published:bool # trained on a split that leaks
     golden:list # logits of the ramp
+    engine:str="onnxruntime" # what runs the network
 
     def want(self,
         pictures:int=9, # most slices of a volume
@@ -271,7 +264,7 @@ def _ramp(size, slices):
     return np.broadcast_to(grey, (1, slices, h, w)).astype(np.uint8)
 
 
-def _facts(package, runtime, threads):
+def _facts(package, runtime, threads, engine):
     "What the parent must know of an open model"
     from phoenix.deploy.package import RUNTIMES
     info, pixels = package.info, package.info["pixels"]
@@ -281,7 +274,7 @@ def _facts(package, runtime, threads):
                 size=list(package.preprocess.size), slices=slices, channels=channels,
                 sha256=package.hashes[RUNTIMES[runtime]], data_sha256=info.get("certificate_sha256", ""),
                 synthetic=info["synthetic"], published=info["published"],
-                golden=package.logits(x, runtime, threads)[0].tolist())
+                golden=package.logits(x, runtime, threads, engine)[0].tolist(), engine=engine)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #c1a0bee9
 def _judged(package, runtime, threads):
@@ -296,6 +289,30 @@ def _judged(package, runtime, threads):
         return asdict(f) | {"review": f.review}
     return finding
 
+# %% ../../nbs/56a_deploy.engine.ipynb #72ec2955
+def model_key(
+    runtime:str, # 'fp32' or 'int8'
+    engine:str, # 'onnxruntime', 'openvino' or 'auto'
+    folder:str|Path, # a model folder
+)->str: # by which parent and model process speak of an open network
+    "The name of a network, its engine and its folder"
+    return f"{runtime}@{engine}:{Path(folder).resolve()}"
+
+
+def key_parts(
+    key:str, # of `model_key`
+)->tuple[str,str,str]: # runtime, engine and folder
+    "What a key says"
+    how, _, folder = key.partition(":")
+    runtime, _, engine = how.partition("@")
+    return runtime, engine or "onnxruntime", folder
+
+# %% ../../nbs/56a_deploy.engine.ipynb #72ec2958
+def _chosen(package, runtime, threads, engine):
+    "The engine that is meant: measured where the key leaves it open"
+    if "decision.json" in package.hashes: return "onnxruntime"
+    return next(iter(package.race(runtime, threads))) if engine == "auto" else engine
+
 # %% ../../nbs/56a_deploy.engine.ipynb #72ec2956
 def make_model(
     setup:dict, # threads, and the keys of models to open at once
@@ -304,10 +321,13 @@ def make_model(
     from phoenix.deploy.package import load_package, softmax
     packages, threads = {}, setup["threads"]
     def opened(key):
+        runtime, engine, folder = key_parts(key)
+        if engine == "auto":
+            engine = _chosen(load_package(folder), runtime, threads, engine)
+            return opened(model_key(runtime, engine, folder))
         if key not in packages:
-            runtime, _, folder = key.partition(":")
             package = load_package(folder)
-            facts = _facts(package, runtime, threads)
+            facts = _facts(package, runtime, threads, engine)
             ramp = _ramp(facts["size"], facts["slices"])[0]
             packages[key] = package, runtime, facts, _judged(package, runtime, threads), ramp
         return packages[key]
@@ -316,7 +336,7 @@ def make_model(
         except PhoenixError as e: return [({"error": str(e), "kind": "model"}, b"") for _ in items]
         x = [np.frombuffer(p, np.uint8).reshape(ramp.shape) if len(p) else ramp for p in parts]
         x = as_input(np.stack(x), facts["channels"])
-        logits = package.logits(x, runtime, threads)
+        logits = package.logits(x, runtime, threads, facts["engine"])
         return [({"probs": p.tolist(), "logits": z.tolist(), "finding": judged(one) if part else None}
                  | (facts if i.get("open") else {}), b"")
                 for i, z, p, one, part in zip(items, logits, softmax(logits), x, parts)]
@@ -376,7 +396,7 @@ def make_explainer(
     nets = {}
     def one(key, item, part):
         try:
-            nets[key] = nets.get(key) or _network(load_package(key.partition(":")[2]))
+            nets[key] = nets.get(key) or _network(load_package(key_parts(key)[2]))
             if item["map"] not in (can := map_names(nets[key])):
                 raise UploadError(f"a map must be one of {', '.join(can)} here, got {item['map']!r}: correct it")
             stack = np.frombuffer(part, np.uint8).reshape(1, *item["shape"])
@@ -390,6 +410,7 @@ def make_explainer(
 class EngineOptions:
     "How the children work"
     threads:int=1 # of the model process
+    engine:str="auto" # 'onnxruntime', 'openvino', or the fastest here of those that are certified
     batch:int=8 # most pictures in one run of the network
     delay_ms:float=4. # how long a picture waits for others
     queue:int=256 # most pictures that wait or are worked on
@@ -442,13 +463,14 @@ def open(self:Engine,
     name:str="", # as the registry calls it
 )->Served: # verified, loaded and tried once
     "Open a model in the model process; requests can go to it afterwards, also after a restart of the process"
-    key = f"{runtime}:{Path(folder).resolve()}"
-    if key in self.open_models: return self.open_models[key]
-    head, _ = self.models.submit(key, {"open": True}, within_s=60).result()
+    asked = model_key(runtime, self.options.engine, folder)
+    if asked in self.open_models: return self.open_models[asked]
+    head, _ = self.models.submit(asked, {"open": True}, within_s=60).result()
     facts = {k: v for k, v in head.items() if k not in ("probs", "logits", "finding")}
+    key = model_key(runtime, facts["engine"], folder)
     served = Served(key, name or Path(folder).name, **facts | {"size": tuple(facts["size"])})
     self.models.setup = self.models.setup | {"keys": [*self.models.setup["keys"], key]}
-    self.open_models[key] = served
+    self.open_models[asked] = served
     return served
 
 
@@ -467,20 +489,11 @@ def decode(self:Engine,
     data:bytes, # an upload
     *,
     pictures:int=9, # most slices of a volume
-    greys:bool=False, # give the raw greys too, for `watch`
+    watch:bool=False, # tell what a drift monitor must know of each picture too, as `seen`
     within_s:float=30., # after which nobody waits
 )->Future: # of a head with shape and facts, and the bytes of `(N,slices,h,w)` uint8
     "Hand an upload to a decoder"
-    return self.decoders.submit("", served.want(pictures) | {"greys": greys}, data, within_s)
-
-# %% ../../nbs/56a_deploy.engine.ipynb #71a2b08d
-@patch
-def watch(self:Engine,
-    answer:tuple, # what a decoder's future became, with greys
-)->Future: # of a head with `seen`: description and facts of each picture
-    "Let a decoder look at greys for the drift monitor"
-    head, raw = answer
-    return self.decoders.submit("", {"watch": head["greys"]}, raw[int(np.prod(head["shape"])):])
+    return self.decoders.submit("", served.want(pictures) | {"watch": watch}, data, within_s)
 
 # %% ../../nbs/56a_deploy.engine.ipynb #bed3d3ef
 def stack_of(
@@ -488,7 +501,7 @@ def stack_of(
 )->tuple[np.ndarray,list[dict]]: # `(N,slices,h,w)` uint8, and what is known about each
     "The pictures in a decoder's answer"
     head, raw = answer
-    return np.frombuffer(raw, np.uint8, int(np.prod(head["shape"]))).reshape(head["shape"]), head["about"]
+    return np.frombuffer(raw, np.uint8).reshape(head["shape"]), head["about"]
 
 
 @patch

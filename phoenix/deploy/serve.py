@@ -94,6 +94,7 @@ def _answer_models():
         sha256:str
         data_sha256:str
         runtime:str
+        engine:str
         synthetic:bool
         published:bool
     return Answer, Model
@@ -128,7 +129,7 @@ def schemas()->dict: # pydantic models by name
 
 # %% ../../nbs/56e_deploy.serve.ipynb #818c9c00
 _EXAMPLE = {"model": {"version": "model@1", "sha256": "9f…", "data_sha256": "41…", "runtime": "int8",
-    "synthetic": False, "published": False},
+    "engine": "openvino", "synthetic": False, "published": False},
     "answers": [{"index": 0, "label": "glioma", "abstained": False, "reason": "", "probs":
     {"glioma": .93, "no_tumor": .07}, "uncertainty": .37}], "trace_id": "0af7651916cd43dd8448eb211c80319c",
     "notice": NOTICE, "ms": {"decode": 6.1, "model": 14.2}}

@@ -34,7 +34,7 @@ from .batches import Batches, BatchLimits, Spool
 from .desk import Desk
 from .door import Access, Asked, DoorLimits, House, Refusal, Room, busy
 from .drift import DriftError, DriftMonitor, find_reference
-from .engine import Engine, EngineOptions, Served, stack_of
+from .engine import Engine, EngineOptions, Served, key_parts, stack_of
 from .keys import KeyRefused, Keyring, bearer
 from .limits import Limiter, Plan, Usage
 from .registry import Answers, Registry, RegistryError, State, Version
@@ -91,12 +91,13 @@ class Meters:
         self.refusals = count("phoenix_refusals", "requests that were refused", "kind")
         self.pictures = count("phoenix_pictures", "pictures that were answered", "version", "answer")
         self.audit_dropped = count("phoenix_audit_dropped", "refusals that were not written to the audit log")
-        self.unwatched = count("phoenix_drift_unwatched", "pictures that the drift monitor did not see", "version")
         self.seconds = Histogram("phoenix_request_seconds", "from the headers to the end of the answer", ["route"],
             registry=r, buckets=(.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30))
         house, engine = service.house, service.engine
         for name, says, read in (("inside", "requests let in and not answered", lambda: house.inside),
                 ("places", "requests that may be let in now", lambda: service.room.places),
+                ("promise_seconds", "within which pictures are to be answered", lambda: service.room.wait_s),
+                ("loop_late_seconds", "a request waits before it is seen", lambda: service.late),
                 ("reading_bytes", "bytes that bodies may fill", lambda: house.reading),
                 ("serving", "1 while neither starting nor draining", lambda: house.state == "serving"),
                 ("canary_ok", "1 while the model gives its golden answer", lambda: service.canary_ok),
@@ -130,6 +131,7 @@ class Service:
         self.engine = Engine(o.engine)
         self.house = House(dict(access), o.door, self.admit, self.full, self.noted, lambda h: trace_of(h).trace_id)
         self.state, self.served, self.trouble, self.canary_ok, self.checked = None, {}, "", False, 0.
+        self.late, self.turned, self.last_turned = 0., 0, "" # the loop's delay; refusals since the last flush
         self.proving = {} # by key and scope: an Argon2 hash that is under way
         self.working, self.kept, self.tasks, self.entries, self.used = set(), 0, set(), deque(), Counter()
         self.threads, self.doubtful = ThreadPoolExecutor(4, "store"), ThreadPoolExecutor(1, "keys")
@@ -137,7 +139,7 @@ class Service:
         self.room = Room(o.queue, o.wait_s, min(o.queue, o.engine.batch))
         self.secret, self.known, self.pace = secrets.token_bytes(32), set(), deque(maxlen=64)
         self.explaining, self.flushing = asyncio.Lock(), threading.Lock()
-        self.monitors, self.drift, self.seen, self.looks = {}, {}, deque(), 0
+        self.monitors, self.drift, self.seen = {}, {}, deque()
         self.meters = Meters(self)
 
     @cached_property
@@ -225,14 +227,32 @@ def noted(self:Service,
     if asked.kind: self.meters.refusals.labels(asked.kind).inc()
     if work and asked.status < 300: self.pace.append(time.monotonic())
     if asked.route == "/v1/predict" and asked.status == 200:
-        self.room.learn(asked.seconds, self.house.inside, time.monotonic())
+        self.room.learn(asked.seconds + self.late, self.house.inside, time.monotonic())
     if asked.who and work and asked.kind in ("full", "starting", "draining", "closed"):
         self.threads.submit(self.limiter.give_back, asked.who.key_id, asked.who.tenant)
-    ms = round(asked.seconds*1e3, 1)
-    logging.getLogger("phoenix.serve").info("request", extra={"fields": dict(method=asked.method, route=route,
-        status=asked.status, kind=asked.kind, ms=ms, bytes=asked.received, trace_id=asked.trace_id)})
+    self._log(asked, route, ms := round(asked.seconds*1e3, 1))
     told = work and asked.status < 500 or asked.status in (401, 403) or access and access.scope == "admin"
     if asked.route and told: self._write_down(asked, ms)
+
+# %% ../../nbs/56d_deploy.service.ipynb #b6d2f0a2
+@patch
+def _log(self:Service, asked, route, ms):
+    "A line for a request, unless it is one of very many refusals"
+    self.turned += asked.kind == "full"
+    if asked.kind == "full" and self.turned > 50:
+        self.last_turned = asked.trace_id
+        return
+    logging.getLogger("phoenix.serve").info("request", extra={"fields": dict(method=asked.method, route=route,
+        status=asked.status, kind=asked.kind, ms=ms, bytes=asked.received, trace_id=asked.trace_id)})
+
+
+@patch
+def _log_turned(self:Service)->None:
+    "One line for the refusals that had none"
+    n, self.turned = self.turned - 50, 0
+    if n > 0:
+        logging.getLogger("phoenix.serve").info("requests", extra={"fields": dict(status=429, kind="full", requests=n,
+            trace_id=self.last_turned)})
 
 # %% ../../nbs/56d_deploy.service.ipynb #8de45229
 @patch
@@ -322,6 +342,7 @@ async def _follow(self:Service)->None:
     while True:
         await asyncio.sleep(self.options.follow_s/4)
         tick += 1
+        self._log_turned()
         try:
             await self.thread(self._flush)
             if tick % 4 == 1:
@@ -334,6 +355,15 @@ async def _follow(self:Service)->None:
             if str(e) != self.trouble: logging.getLogger("phoenix.serve").error("the store or a version: %s", e)
             self.trouble = str(e)
         self.show_drift()
+
+# %% ../../nbs/56d_deploy.service.ipynb #b6d2f0a4
+@patch
+async def _feel(self:Service, every_s=.02)->None:
+    "Measure how late the loop comes round; the worst of late, halved in about a tenth of a second"
+    while True:
+        due = time.perf_counter() + every_s
+        await asyncio.sleep(every_s)
+        self.late = max(time.perf_counter() - due, .9*self.late)
 
 # %% ../../nbs/56d_deploy.service.ipynb #94d6456b
 @patch
@@ -351,23 +381,11 @@ async def check(self:Service)->bool: # whether the champion gives its golden ans
 @patch
 def _watch(self:Service,
     served:Served, # who answered
-    decoded:tuple, # what the decoder gave, with greys
+    seen:Sequence, # description and facts of each picture, as the decoder tells them
     probs:Sequence, # of each picture
 )->None:
-    "Let the monitor see pictures, unless 64 uploads wait for it"
-    shown = len(decoded[0]["greys"])
-    if shown < len(probs) or self.looks >= 64: return self.meters.unwatched.labels(served.name).inc(len(probs))
-    self.looks += 1
-    self._spawn(self._look(served.name, decoded, probs))
-
-
-@patch
-async def _look(self:Service, name, decoded, probs):
-    "The facts of pictures that were answered"
-    try: head, _ = await asyncio.wrap_future(self.engine.watch(decoded))
-    except WorkError: self.meters.unwatched.labels(name).inc(len(probs))
-    else: self.seen.append((name, head["seen"], probs))
-    finally: self.looks -= 1
+    "Keep what the monitor is to see, until the next flush"
+    if served.name in self.monitors: self.seen.append((served.name, seen, probs))
 
 # %% ../../nbs/56d_deploy.service.ipynb #8a463b33
 @patch
@@ -432,7 +450,8 @@ def model_of(
 )->dict: # JSON types only
     "What an answer says about the version behind it"
     return {"version": served.name, "sha256": served.sha256, "data_sha256": served.data_sha256,
-            "runtime": served.key.partition(":")[0], "synthetic": served.synthetic, "published": served.published}
+            "runtime": key_parts(served.key)[0], "engine": served.engine, "synthetic": served.synthetic,
+            "published": served.published}
 
 # %% ../../nbs/56d_deploy.service.ipynb #b578666f
 async def _all(futures):
@@ -479,14 +498,15 @@ async def _answer(self:Service, data, asked, pictures, request_key):
     start, key = time.perf_counter(), request_key or hashlib.sha256(data).hexdigest()
     served, number, beside = self.pick(key)
     within = self.options.work_s - (start - asked.start)
-    watched = served.name in self.monitors
-    got, = await _all([self.engine.decode(served, data, pictures=pictures, greys=watched, within_s=within)])
+    watch = served.name in self.monitors
+    got, = await _all([self.engine.decode(served, data, pictures=pictures, watch=watch, within_s=within)])
     (stack, about), decoded = stack_of(got), time.perf_counter()
     heads = await self._infer(served, stack, self.options.work_s - (decoded - asked.start))
     inferred = time.perf_counter()
     answers = [answer_of(served, h, a, i) for i, (h, a) in enumerate(zip(heads, about))]
-    if watched: self._watch(served, got, [h["probs"] for h in heads])
-    if beside: self._spawn(self._beside(key, number, beside, data, [h["probs"] for h in heads], pictures))
+    probs = [h["probs"] for h in heads]
+    self._watch(served, got[0]["seen"], probs)
+    if beside: self._spawn(self._beside(key, number, beside, (data, pictures, stack), probs))
     ms = {"decode": round((decoded - start)*1e3, 2), "model": round((inferred - decoded)*1e3, 2)}
     said = {"model": model_of(served), "answers": answers, "trace_id": asked.trace_id, "notice": NOTICE, "ms": ms}
     return said, served, inferred - decoded
@@ -528,18 +548,19 @@ async def _beside(self:Service,
     key:str, # of the request
     number:int, # version whose answer was shown
     others:Sequence[int], # versions that answer unseen
-    data:bytes, # the upload
+    upload:tuple, # its bytes, the most slices, and the pictures as the shown version took them
     probs:Sequence, # that were shown
-    pictures:int, # most slices of a volume
 )->None:
     "Let the other versions answer too, and record the pair"
     if self.house.inside > self.options.queue//2 or self.engine.full: return
-    record = partial(self.answers.record, self.state.model)
+    record, (data, pictures, stack) = partial(self.answers.record, self.state.model), upload
     with contextlib.suppress(WorkError, KeyError):
+        want = self.served[number].want()
         for n in others:
             served = self.served[n]
-            stack, _ = stack_of(await asyncio.wrap_future(self.engine.decode(served, data, pictures=pictures)))
-            unseen = await self._infer(served, stack, self.options.work_s)
+            again = None if served.want() == want else self.engine.decode(served, data, pictures=pictures)
+            seen = stack_of(await asyncio.wrap_future(again))[0] if again else stack
+            unseen = await self._infer(served, seen, self.options.work_s)
             for i, (a, b) in enumerate(zip(probs, unseen)):
                 await self.thread(record, f"{key}.{i}", number, a, shown=True)
                 await self.thread(record, f"{key}.{i}", n, b["probs"], shown=False)
@@ -559,15 +580,15 @@ async def explain(self:Service,
     if target and target not in served.classes:
         raise Refusal(422, f"a class must be one of {', '.join(served.classes)}, got {target!r}: correct it", "target")
     async with self.explaining: await self.thread(getattr, self.engine, "explainer")
-    watched = served.name in self.monitors
-    got, = await _all([self.engine.decode(served, data, pictures=1, greys=watched, within_s=self.options.work_s)])
+    how = dict(pictures=1, watch=served.name in self.monitors, within_s=self.options.work_s)
+    got, = await _all([self.engine.decode(served, data, **how)])
     stack, about = stack_of(got)
     head = (await self._infer(served, stack[:1], self.options.work_s))[0]
     wanted = served.classes.index(target) if target else int(np.argmax(head["probs"]))
     said, png = (await _all([self.engine.explain(served, stack[0], map, target=wanted)]))[0]
     answer = answer_of(served, head, about[0], 0)
     self.count(asked, served, [answer], 0.)
-    if watched: self._watch(served, got, [head["probs"]])
+    self._watch(served, got[0]["seen"][:1], [head["probs"]])
     return {"model": model_of(served), "answer": answer, "map": said["map"], "target": served.classes[wanted],
             "stamp": said["stamp"], "tests": said["tests"], "trace_id": asked.trace_id, "notice": NOTICE}, png
 
@@ -630,7 +651,7 @@ async def start(self:Service)->None:
         self.adopt(self.registry.state(self.options.model))
     await self.thread(begin)
     self.house.state = "serving"
-    self._spawn(self._follow())
+    for work in (self._follow(), self._feel()): self._spawn(work)
     await self.check()
 
 # %% ../../nbs/56d_deploy.service.ipynb #27a23347
@@ -639,11 +660,12 @@ async def stop(self:Service)->None:
     "Finish accepted work, leave batches after the file at hand, write down what was counted, end the children"
     self.house.state = "draining"
     end = time.monotonic() + self.options.drain_s
-    while time.monotonic() < end and (self.working or self.looks): await asyncio.sleep(.02)
+    while time.monotonic() < end and self.working: await asyncio.sleep(.02)
     for task in list(self.tasks): task.cancel()
     await asyncio.gather(*self.tasks, return_exceptions=True)
     await self.thread(self.engine.close, max(end - time.monotonic(), 1))
     await self.thread(self._flush)
+    self._log_turned()
     self.doubtful.shutdown()
     self.threads.shutdown()
     if "batches" in self.__dict__: self.batches.spool.close()

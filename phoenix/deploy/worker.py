@@ -154,6 +154,7 @@ def child_main(
         except (EOFError, ConnectionError): return
 
 # %% ../../nbs/56_deploy.worker.ipynb #d7c93bec
+_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
 
 
@@ -161,8 +162,8 @@ def child_environment(
     threads:int=1, # of every numerical library
     path:Sequence[str]=(), # folders put before the module path
 )->dict[str,str]: # environment of a child
-    "Paths, language and thread counts; no key, no password, no address of a store"
-    env = {k: os.environ[k] for k in _KEPT if k in os.environ}
+    "Paths, language, thread counts and a heap that keeps its pages; no key, no password, no address of a store"
+    env = {k: os.environ[k] for k in _KEPT if k in os.environ} | _HEAP
     env |= {f"{n}_NUM_THREADS": str(threads) for n in ("OMP", "OPENBLAS", "MKL")} | {"MPLBACKEND": "agg"}
     known = [p for p in (*path, *sys.path) if p]
     return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(known))}
