@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
-QUICK, ALL, SEARCH = 2., 10., 60  # processor seconds of a test that counts as quick and of all of them; seconds to find them in
+QUICK, ALL, SEARCH = 2., 12., 100.  # processor seconds of a test that counts as quick, of all of them, and to find them in
 ARITHMETIC = "Add|Sub|Mul|Div"  # others fail on floats at once and would flatter the score
 KEEP = re.compile(rf"core/(ReplaceBinaryOperator_({ARITHMETIC})_({ARITHMETIC})|ReplaceBinaryOperator_Pow_Mul|"
                   r"ReplaceComparisonOperator_(Eq|NotEq|Lt|LtE|Gt|GtE)_(Eq|NotEq|Lt|LtE|Gt|GtE)|"
@@ -104,6 +104,8 @@ def lessons_naming(module):
 class Quick:
     "Notes in a file which tests pass and their processor time, one by one, as the search for them may be cut short"
     def __init__(self, path): self.path, self.start, self.good = path, 0., True
+
+    def pytest_sessionstart(self): signal.setitimer(signal.ITIMER_PROF, SEARCH)
 
     def pytest_runtest_logstart(self): self.start, self.good = sum(os.times()[:4]), True
 
@@ -187,10 +189,10 @@ def quick_tests(module, path, source):
     try:
         found.touch()
         asked = tests_naming(module, "tests") + lessons_naming(module)
-        forked(lambda: run_tests(module, path, source, asked, SEARCH, [Quick(found)], ()))
+        forked(lambda: run_tests(module, path, source, asked, 10*SEARCH, [Quick(found)], ()))
         tests = cheapest(found.read_text().splitlines())
     finally: found.unlink(missing_ok=True)
-    took = rehearse(lambda: run_tests(module, path, source, tests, SEARCH), module)
+    took = rehearse(lambda: run_tests(module, path, source, tests, 10*SEARCH), module)
     print(f"{module}: what its lesson and golden tests let pass meets {len(tests)} quick tests of the gate, {took:.0f} s")
     return tests, took
 
