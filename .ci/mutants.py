@@ -23,15 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
 QUICK, ALL, SEARCH = 2., 12., 100.  # processor seconds of a test that counts as quick, of all of them, and to find them in
+LOOKS = {"figsize", "fontsize", "title_fontsize", "lw", "ms", "rotation", "color", "alpha", "ncols"}  # of a plot_ function
 ARITHMETIC = "Add|Sub|Mul|Div"  # others fail on floats at once and would flatter the score
 KEEP = re.compile(rf"core/(ReplaceBinaryOperator_({ARITHMETIC})_({ARITHMETIC})|ReplaceBinaryOperator_Pow_Mul|"
                   r"ReplaceComparisonOperator_(Eq|NotEq|Lt|LtE|Gt|GtE)_(Eq|NotEq|Lt|LtE|Gt|GtE)|"
                   r"ReplaceComparisonOperator_(Is_IsNot|IsNot_Is)|ReplaceUnaryOperator_(USub_UAdd|Delete_USub|Delete_Not)|"
                   r"ReplaceTrueWithFalse|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceBreakWithContinue|"
                   r"ReplaceContinueWithBreak|NumberReplacer|ZeroIterationForLoop)$")
-
-
-LOOKS = {"figsize", "fontsize", "title_fontsize", "lw", "ms", "rotation", "color", "alpha", "ncols"}  # of a plot_ function; all else counts
 
 
 def spans(source):
