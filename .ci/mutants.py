@@ -237,7 +237,7 @@ if __name__ == "__main__":
     said = ask.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="agg")
     warnings.simplefilter("ignore")
-    with open(said.csv, "w", newline="") as f:
+    with open(said.csv, "w", newline="", buffering=1) as f:
         rows = csv.writer(f)
         rows.writerow(["module", "operator", "line", "becomes", "result", "noticed_by"])
         done = [measure(m, said.share, said.seed, rows, not said.alone) for m in said.modules]
