@@ -192,7 +192,8 @@ def _area(probs, targets, name, weights):
     "`macro_auc` or `auc:c` for each row of `weights` (b,N)"
     if name.startswith('auc:'): return auc(probs[:, int(name[4:])], targets == int(name[4:]), weights)
     areas = np.stack([auc(probs[:, c], targets == c, weights) for c in range(probs.shape[1])], axis=-1)
-    return np.nanmean(np.where(np.isnan(areas).all(-1, keepdims=True), 0., areas), -1)
+    n = (~np.isnan(areas)).sum(-1)
+    return np.divide(np.nansum(areas, -1), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 def _reweighted(stat, probs, targets, weights):
     "Any statistic for each row of integer `weights` (b,N)"

@@ -286,4 +286,4 @@ def is_right(
     "Which images a network gets right, in evaluation mode"
     with attacking(model), torch.no_grad():
         parts = [model(a).argmax(1) == b for a, b in zip(x.split(batch_size), y.split(batch_size))]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+    return torch.cat(parts)
