@@ -75,6 +75,7 @@ def command(
     def decorate(f):
         @functools.wraps(f)
         def run(as_json=False, **kw):
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive") # heard only before torch is imported
             try:
                 args = [kw.pop(n) for n in first]
                 with contextlib.redirect_stdout(sys.stderr): reply = f(*args, **kw)

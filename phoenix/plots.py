@@ -134,8 +134,11 @@ def to_png(
 def picture(
     ax:Axes, # in a figure, which is closed
     max_kb:float=80, # largest size in kilobytes of 1000 bytes
+    alt:str|None=None, # what it shows, in words, for who cannot see it
 )->object: # an `IPython.display.Image`: shows itself as the value of a cell
     "The figure of `ax` as a picture of bounded size, for a notebook that is kept with its outputs"
     from IPython.display import Image as Shown
+    class Picture(Shown): # its words are kept beside it, as the plain text of the cell
+        def __repr__(self): return self.alt or super().__repr__()
     plt.close(ax.figure)
-    return Shown(to_png(ax.figure, max_kb))
+    return Picture(to_png(ax.figure, max_kb), alt=alt)

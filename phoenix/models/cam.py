@@ -6,8 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/models.cam.html.md"""
 
 # %% auto #0
 __all__ = ['CAMS', 'FUSE', 'CamError', 'FeatureTap', 'evaluating', 'attention_layers', 'second_derivatives', 'last_map', 'as_map',
-           'class_score', 'LayerGradient', 'layer_gradient', 'normalise_cam', 'resize_cam', 'grad_cam',
-           'attention_weights', 'rollout', 'attention_rollout', 'plot_map']
+           'class_score', 'LayerGradient', 'layer_gradient', 'normalise_cam', 'resize_cam', 'signed_cam', 'drawn_cam',
+           'grad_cam', 'attention_weights', 'rollout', 'attention_rollout', 'plot_map']
 
 # %% ../../nbs/26_models.cam.ipynb #6124147a
 from collections.abc import Callable, Iterator
@@ -205,7 +205,7 @@ def resize_cam(
     return F.interpolate(cam[:,None], size, mode=mode, align_corners=False)[:,0]
 
 # %% ../../nbs/26_models.cam.ipynb #cbbe38d5
-def grad_cam(
+def signed_cam(
     model:nn.Module, # any classifier
     x:Tensor, # `(B,C,*S)` in [0, 1]
     target:Tensor|int|Callable|None=None, # see `class_score`
@@ -213,14 +213,28 @@ def grad_cam(
     layer:str|None=None, # path of a module; `last_map` if None
     method:str='gradcam', # a key of `CAMS`
     create_graph:bool=False, # the map can be differentiated with respect to pixels and weights
-    raw:bool=False, # as it comes, unbounded and at the size of the layer
-)->Tensor: # `(B,*S)` in [0, 1], at the size of the picture unless `raw`
-    "Class activation maps of a batch, each image for itself"
+)->Tensor: # `(B,*s)` at the size of the layer, unbounded; below 0 where a place speaks against the class
+    "Class activation maps of a batch as they come, before what speaks against the class is cut off"
     if method not in CAMS:
         raise CamError(f"method must be one of {', '.join(CAMS)}, got {method!r}{did_you_mean(method, CAMS)}.")
     g = layer_gradient(model, x, target, layer=layer, create_graph=create_graph)
-    cam = F.relu(CAMS[method](g.maps, g.grads))
-    return cam if raw else normalise_cam(resize_cam(cam, x.shape[2:]))
+    return CAMS[method](g.maps, g.grads)
+
+def drawn_cam(
+    cam:Tensor, # `(B,*s)` from `signed_cam`
+    size:tuple[int,...], # of the picture
+)->Tensor: # `(B,*size)` in [0, 1]; all 0 where no place speaks for the class
+    "What speaks for the class, at the size of the picture, each map over its smooth maximum"
+    return normalise_cam(resize_cam(F.relu(cam), size))
+
+def grad_cam(
+    model:nn.Module, # any classifier
+    x:Tensor, # `(B,C,*S)` in [0, 1]
+    target:Tensor|int|Callable|None=None, # see `class_score`
+    **kw # of `signed_cam`: layer, method, create_graph
+)->Tensor: # `(B,*S)` in [0, 1], at the size of the picture
+    "Class activation maps of a batch, each image for itself"
+    return drawn_cam(signed_cam(model, x, target, **kw), x.shape[2:])
 
 # %% ../../nbs/26_models.cam.ipynb #c4c7cdaa
 @contextmanager

@@ -7,12 +7,12 @@ from torch import nn
 
 from phoenix.data.concepts import ARTEFACT_CONCEPTS, ConceptRules
 from phoenix.evaluate.explain import MAPS, linear_cka, map_names, removal
-from phoenix.models.cam import CAMS, FeatureTap, attention_layers, grad_cam, rollout
+from phoenix.models.cam import CAMS, FeatureTap, attention_layers, grad_cam, rollout, signed_cam
 from phoenix.models.concepts import concept_hinge, soft_tcav
 from phoenix.models.stability import cosine, likeness, ms_ssim, normalised_l2, spearman, ssim, topk_iou
 from phoenix.models.zoo import create_model
 from phoenix.train.attacks import kl
-from phoenix.train.triobjective import Shares, TriObjective, total_loss
+from phoenix.train.triobjective import PARTS, Shares, TriObjective, total_loss
 
 LOGITS, ADV, TARGETS = torch.tensor([[2., 0., -1.], [0., 1., 0.]]), torch.tensor([[1., 1., -1.], [0., 0., 1.]]), torch.tensor([0, 2])
 
@@ -30,7 +30,7 @@ def small(name="cnn", k=3, **kw):
 
 # the sum of three parts
 
-def parts(**kw): return dict(task=None, robust=None, stability=None, concept=None) | kw
+def parts(**kw): return dict.fromkeys(PARTS) | kw
 
 
 @pytest.mark.parametrize("expl", [case("S2-R27-total", 0.)])
@@ -41,7 +41,7 @@ def test_total_golden(expl):
     assert total.item() == pytest.approx(1.474943, abs=5e-7)
 
 
-@pytest.mark.parametrize("which", [case(f"S2-R26-{n}-is-off", n) for n in ("robust", "stability", "concept")])
+@pytest.mark.parametrize("which", [case(f"S2-R26-{n}-is-off", n) for n in PARTS[1:]])
 def test_a_part_that_is_off_is_named(which):
     assert which in TriObjective(shares=Shares(robust=0., explain=0.)).off and "task" not in TriObjective().off
 
@@ -75,7 +75,7 @@ def test_grad_cam_equals_captum(net, layer):
     from captum.attr import LayerGradCam
     net, x = small(net).eval(), draw(2, 1, 48, 48)
     theirs = LayerGradCam(net, net.get_submodule(layer)).attribute(x, 1, relu_attributions=True)[:, 0]
-    assert (grad_cam(net, x, 1, layer=layer, raw=True) - theirs).abs().max() <= 1e-4
+    assert (signed_cam(net, x, 1, layer=layer).relu() - theirs).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("order, first", [case("S2-R31-layer-order", 1, .725), case("S2-R31-reversed", -1, .68)])

@@ -1,0 +1,22 @@
+"What the pages of results say is what the kept metrics say: their cells, run again, end in the words that are stored"
+import pytest
+from execnb.shell import CaptureShell
+from fastcore.nbio import read_nb
+from notebooks import NBS
+
+
+def words(outputs):
+    "The words of a cell's outputs; those of a picture stand beside it"
+    return ["".join(o["text"] if o["output_type"] == "stream" else o["data"]["text/plain"]) for o in outputs]
+
+
+@pytest.mark.parametrize("name", ["index", "findings"])
+def test_stored_outputs_follow_the_kept_metrics(name, monkeypatch):
+    monkeypatch.chdir(NBS)
+    cells = [c for c in read_nb(NBS/f"{name}.ipynb").cells
+             if c.cell_type == "code" and "acquire(" not in c.source and "nbdev" not in c.source]
+    shell = CaptureShell(path=NBS)
+    for cell in cells:
+        assert words(shell.run(cell.source)) == words(cell.outputs), f"run nbdev-test --save nbs/{name}.ipynb"
+        assert not shell.exc, shell.exc
+    assert sum(bool(c.outputs) for c in cells) >= 2
