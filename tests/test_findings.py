@@ -10,7 +10,7 @@ def words(outputs):
     return ["".join(o["text"] if o["output_type"] == "stream" else o["data"]["text/plain"]) for o in outputs]
 
 
-@pytest.mark.parametrize("name", ["index", "findings"])
+@pytest.mark.parametrize("name", ["index", "findings"], ids="S2-R47-{}".format)
 def test_stored_outputs_follow_the_kept_metrics(name, monkeypatch):
     monkeypatch.chdir(NBS)
     cells = [c for c in read_nb(NBS/f"{name}.ipynb").cells

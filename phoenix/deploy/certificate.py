@@ -53,7 +53,7 @@ def attacked_agreement(
     seed:int=0, # key of the starts
 )->dict[str,float]: # eps, steps, images, agreement, accuracy of both under attack
     "Do both files say the same about attacked pictures?"
-    y, parts = torch.as_tensor(np.asarray(targets)), []
+    y, parts = torch.tensor(np.asarray(targets)), []
     for i in range(0, len(images), 32):
         x = torch.from_numpy(images[i:i+32].astype(np.float32))
         at = range(i, i+len(x))

@@ -1,8 +1,5 @@
 "Contracts of attacks and robust training that hold for each of them alike; each test carries the number of the requirement it holds"
 import ast
-import contextlib
-import io
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,17 +145,3 @@ def draws(path):
 @pytest.mark.parametrize("paths", [case("S2-R47-contract-1-no-random-number-is-reported", REPORTED)])
 def test_no_random_number_is_reported(paths):
     assert len(paths) > 50 and {p.name: list(draws(p)) for p in paths if list(draws(p))} == {}
-
-
-@pytest.mark.parametrize("cell_ids", [case("S2-R47-readme-is-made-from-kept-runs", ("be5a8f7b", "16ed38c0"))])
-def test_figures_of_the_readme_are_those_of_the_kept_runs(cell_ids, monkeypatch):
-    "The cells that print results say today what stands below them, and the README holds their lines"
-    cells = {c["id"]: c for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]}
-    monkeypatch.chdir(ROOT / "nbs")
-    names, readme = dict(Path=Path), (ROOT / "README.md").read_text()
-    for i in cell_ids:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said): exec("".join(cells[i]["source"]), names)
-        stored = "".join("".join(o["text"]) for o in cells[i]["outputs"])
-        assert said.getvalue() == stored and len(stored.splitlines()) > 5
-        assert all(line.rstrip() in readme for line in stored.splitlines())
