@@ -137,7 +137,10 @@ def test_an_edited_and_newly_signed_assignment(certified):
     edited = replace(cert, assignment=cert.assignment | {path: "train"})
     assert edited.sha256 != cert.sha256
     for word in ("one group stands on two sides", "counts of the certificate", "where rule 'grouped' puts them"):
-        reasons(edited, manifest.root, word)
+        found = reasons(edited, manifest.root, word)
+    members = sorted(p for p, g in cert.groups.items() if g == cert.groups[path])
+    told = ", ".join(f"{p} ({edited.assignment[p]})" for p in members[:6])
+    assert f"one group stands on two sides: {told}" in found and f"1 files are not where rule 'grouped' puts them, first {path}" in found
 
 
 def test_whole_groups_exchanged(certified):
@@ -145,7 +148,32 @@ def test_whole_groups_exchanged(certified):
     swap = dict(train="test", test="train")
     edited = replace(cert, assignment={p: swap.get(s, s) for p, s in cert.assignment.items()},
                      counts={swap.get(s, s): c for s, c in cert.counts.items()})
-    assert len(reasons(edited, manifest.root, "where rule 'grouped' puts them")) == 1
+    moved = sorted(p for p, s in cert.assignment.items() if s in swap)
+    assert reasons(edited, manifest.root, "where rule") == [f"{len(moved)} files are not where rule 'grouped' puts them, first {moved[0]}"]
+
+
+def test_groups_torn_and_joined_in_one_number(certified):
+    manifest, _, cert = certified
+    sizes = pd.Series(cert.groups).value_counts()
+    torn, (one, other) = sizes.index[0], sizes.index[-2:]
+    first = min(p for p, g in cert.groups.items() if g == torn)
+    groups = {p: one if g == other else g for p, g in cert.groups.items()} | {first: other}
+    assert len(set(groups.values())) == len(sizes)
+    reasons(replace(cert, groups=groups), manifest.root, "not the components")
+
+
+def test_more_crossings_than_are_listed(made, tmp_path):
+    root, files = tmp_path / "many", sorted(made["plain"][0].root.rglob("*.png"))
+    unlike = {im.tobytes(): im for im in map(Image.open, files)}
+    for side in ("Training", "Testing"):
+        (root / side / "glioma").mkdir(parents=True)
+        for i, im in enumerate(list(unlike.values())[:24]): im.save(root / side / f"glioma/{i}.png")
+    manifest = build_manifest(root, progress=False)
+    found = reasons(forge(manifest, split_published(manifest)), root, "more pairs of pictures")
+    said = [r for r in found if r.startswith("the same picture")]
+    assert len(said) == 20 and len(set(said)) == 20
+    across = prove(manifest, find_pairs(manifest, progress=False), split_published(manifest))["edges_across"]
+    assert found[-1] == f"and {across - 20} more pairs of pictures stand on two sides"
 
 
 @pytest.mark.parametrize("changes,word", [
@@ -338,6 +366,12 @@ def test_bad_assignments_are_refused(certified):
     side = pd.Series(cert.assignment)
     with pytest.raises(SplitError, match="strange files"):
         certify(manifest, pairs, pd.concat([side, pd.Series({"none.png": "train"})]), "mine")
+    whole = pd.Series(group_rows(manifest, pairs)).loc[side.index]
+    group = whole[whole == whole.value_counts().index[0]].index.sort_values()
+    assert len(group) > 2
+    torn = side.where(side.index != group[-1], "else")
+    with pytest.raises(SplitError, match=f"for example {group[0]} .{side[group[0]]}. with {group[-1]} .else.;"):
+        certify(manifest, pairs, torn, "mine")
     with pytest.raises(SplitError, match="two or more sides"): certify(manifest, pairs, side.map(lambda s: "a"), "mine")
     with pytest.raises(SplitError, match="files of the manifest"): split_grouped(manifest, pd.Series({"none.png": 0}))
     with pytest.raises(SplitError, match="at least 2 folds"): split_folds(manifest, group_rows(manifest, pairs), 1)
