@@ -143,7 +143,7 @@ def before_batch(self:TriObjective):
 
 @patch
 def stability_parts(self:TriObjective
-)->tuple[dict[str,Tensor],float]: # three parts, and the share of empty maps
+)->tuple[dict[str,Tensor],float]: # the parts that are on, and the share of empty maps
     "One minus the SSIM of the maps of clean and attacked pictures, how far those are from filled, and how alike"
     x, y = self.clean, self.y
     if self.share_adv: other = self.attacked
@@ -152,7 +152,8 @@ def stability_parts(self:TriObjective
     cams = signed_cam(self.model, both, classes, layer=self.layer, create_graph=True)
     empty = (cams.detach().flatten(1).amax(1)<=0).float().mean().item()
     clean, attacked = drawn_cam(cams, x.shape[2:]).chunk(2)
-    each = dict(stability=1-ssim(clean, attacked), filled=filled_hinge(cams), own=own_hinge(clean))
+    each = dict(stability=1-ssim(clean, attacked))
+    if 'filled' not in self.off: each |= dict(filled=filled_hinge(cams), own=own_hinge(clean))
     return {n:v.mean() for n,v in each.items()}, empty
 
 @patch
@@ -176,7 +177,7 @@ def objective(self:TriObjective,
         if 'robust' not in off: parts['robust'] = kl(clean, adv).mean()
         if 'stability' not in off:
             maps, self.empty = self.stability_parts()
-            parts |= {n:v for n,v in maps.items() if n not in off}
+            parts |= maps
         if 'concept' not in off: parts['concept'] = self.concept_part()
         total = total_loss(parts, self.shares)
     row = {n:'off' if p is None else p.item() for n,p in parts.items()}
