@@ -406,7 +406,7 @@ def test_the_server_says_what_decide_says(package):
     from phoenix.deploy.engine import Served, make_model
     from phoenix.deploy.serve import schemas
     from phoenix.deploy.service import answer_of
-    key = f"fp32:{package.path}"
+    key = f"fp32@onnxruntime:{package.path}"
     infer = make_model({"threads": 1, "keys": [key]})
     greys = [draw(k)[0] for k in (100, 101)] + [np.random.default_rng(1).integers(0, 255, (32, 32)).astype(np.uint8)]
     ready = [np.rint(package.preprocess(g)).astype(np.uint8) for g in greys]

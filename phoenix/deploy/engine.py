@@ -305,7 +305,7 @@ def key_parts(
     "What a key says"
     how, _, folder = key.partition(":")
     runtime, _, engine = how.partition("@")
-    return runtime, engine or "onnxruntime", folder
+    return runtime, engine, folder
 
 # %% ../../nbs/56a_deploy.engine.ipynb #72ec2958
 def _chosen(package, runtime, threads, engine):
