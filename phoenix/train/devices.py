@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from .learner import KeyedLearner, Trained, TrainError, fit, make_learner, make_loss, predict
@@ -71,16 +73,34 @@ def shard_loaders(
                         shuffled_labels=dls.shuffled_labels)
 
 # %% ../../nbs/36_train.devices.ipynb #31b33aeb
-class _Averaged(torch.autograd.Function):
-    "The mean over processes; its gradient is the mean of theirs"
+def _gather(x):
+    "What every process holds: [processes, ...]"
+    out = x.new_empty(dist.get_world_size()*len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x)
+    return out.view(-1, *x.shape)
+
+class _Normed(torch.autograd.Function):
+    "Normalised by the mean and variance of all processes: one message forward, one backward"
     @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
+    def forward(ctx, x, weight, bias, eps):
+        ctx.dims = [d for d in range(x.ndim) if d != 1]
+        own = torch.stack(torch.var_mean(x.to(weight.dtype), ctx.dims, correction=0))
+        variances, means = _gather(own).unbind(1)
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
-    def backward(ctx, g): return _Averaged.forward(ctx, g.contiguous())
+    @once_differentiable
+    def backward(ctx, g, *_):
+        x, weight, mean, scale = ctx.saved_tensors
+        def wide(v): return v.view(1, -1, *[1]*(x.ndim - 2))
+        hat = (x - wide(mean))*wide(scale)
+        own = torch.stack([g.sum(ctx.dims), (g*hat).sum(ctx.dims)]).to(weight.dtype)
+        shift, slope = _gather(own).sum(0)*(len(mean)/(x.numel()*dist.get_world_size()))
+        return (wide(weight*scale)*(g - wide(shift) - hat*wide(slope))).to(x.dtype), own[1], own[0], None
 
 # %% ../../nbs/36_train.devices.ipynb #a90abf7f
 class _SharedNorm(nn.modules.batchnorm._BatchNorm):
@@ -89,16 +109,14 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x):
         if not self.training: return super().forward(x)
-        dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1]*(x.ndim - 2)
-        centred = x - _Averaged.apply(mean := x.mean(dims)).view(shape)
-        var, mean = _Averaged.apply(centred.square().mean(dims)), _Averaged.apply(mean.detach())
+        y, mean, var = _Normed.apply(x, self.weight, self.bias, self.eps)
         n = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
             new = self.momentum if self.momentum is not None else 1/int(self.num_batches_tracked) # None: a plain mean
             self.running_mean.lerp_(mean, new)
             self.running_var.lerp_(var * (n/(n - 1)), new)
-        return centred * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)
+        return y
 
 # %% ../../nbs/36_train.devices.ipynb #62a41025
 def share_norms(
@@ -134,7 +152,8 @@ class Parallel(Callback):
     def before_fit(self):
         device = next(self.learn.model.parameters()).device
         self.plain = self.learn.model
-        self.wrapped = DistributedDataParallel(self.plain, device_ids=[device.index] if device.type == 'cuda' else None)
+        self.wrapped = DistributedDataParallel(self.plain, device_ids=[device.index] if device.type == 'cuda' else None,
+                                               broadcast_buffers=False) # the norms' are the same already
 
     def before_train(self): self.learn.model = self.wrapped
     def after_train(self): self.learn.model = self.plain
