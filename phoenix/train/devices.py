@@ -83,24 +83,25 @@ class _Normed(torch.autograd.Function):
     "Normalised by the mean and variance of all processes: one message forward, one backward"
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        ctx.dims = [d for d in range(x.ndim) if d != 1]
-        own = torch.stack(torch.var_mean(x.to(weight.dtype), ctx.dims, correction=0))
-        variances, means = _gather(own).unbind(1)
+        own = torch.batch_norm_update_stats(x.to(weight.dtype), None, None, 0.)
+        means, variances = _gather(torch.stack(own)).unbind(1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, *_):
-        x, weight, mean, scale = ctx.saved_tensors
-        def wide(v): return v.view(1, -1, *[1]*(x.ndim - 2))
-        hat = (x - wide(mean))*wide(scale)
-        own = torch.stack([g.sum(ctx.dims), (g*hat).sum(ctx.dims)]).to(weight.dtype)
-        shift, slope = _gather(own).sum(0)*(len(mean)/(x.numel()*dist.get_world_size()))
-        return (wide(weight*scale)*(g - wide(shift) - hat*wide(slope))).to(x.dtype), own[1], own[0], None
+        x, weight, mean, var = ctx.saved_tensors
+        fixed, slope, shift = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, mean, var, None, None, False, ctx.eps, [True]*3) # as if the statistics were constants
+        per = weight*(var + ctx.eps).rsqrt()*len(mean)/(x.numel()*dist.get_world_size())
+        through = _gather(torch.stack([slope, shift])).sum(0)*per
+        fixed.sub_(F.batch_norm(x, mean, var, *through, training=False, eps=ctx.eps))
+        return fixed, slope, shift, None
 
 # %% ../../nbs/36_train.devices.ipynb #a90abf7f
 class _SharedNorm(nn.modules.batchnorm._BatchNorm):
