@@ -3,6 +3,8 @@ import ast
 import configparser
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import yaml
@@ -56,6 +58,12 @@ def test_dockerfile():
     assert all(re.fullmatch(r"FROM \S+:\d\S*( AS \w+)?", line) for line in text.splitlines() if line.startswith("FROM"))
     for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M):
         assert all((ROOT/p).exists() for p in line.split()), line
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint is not installed: pip install -e '.[fire]' brings it")
+def test_the_dockerfile_is_lint_clean():
+    said = subprocess.run(["hadolint", "--format", "tty", OPS/"Dockerfile"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
 
 
 def test_unit_and_locustfile():
