@@ -6,8 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/train.adversarial.html.md"""
 
 # %% auto #0
 __all__ = ['METHODS', 'NORMS', 'trades_loss', 'boosted_cross_entropy', 'mart_loss', 'still_statistics', 'second_pass',
-           'OwnStatistics', 'Adversary', 'AdversarialTraining', 'WeightPerturbation', 'RobustScores', 'OverfitAlarm',
-           'with_adversary']
+           'OwnStatistics', 'Adversary', 'AdversarialTraining', 'FreeTraining', 'WeightPerturbation', 'RobustScores',
+           'OverfitAlarm', 'with_adversary']
 
 # %% ../../nbs/39a_train.adversarial.ipynb #caa04822
 import warnings
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from .optimizers import get_optimizer # noqa: F401 (first: it loads fastai and timm without their warnings)
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..settings import did_you_mean
 from .attacks import AttackError, fgsm, is_right, kl, pgd
+from .batches import Accumulate
 from .log import LOG, RunLog
 from .mixing import Mix, epoch_numbers
 
@@ -236,6 +238,59 @@ def after_loss(self:AdversarialTraining):
     self.learn.loss_grad = self.objective(clean, adv, self.y)
     self.learn.loss = self.learn.loss_grad.clone()
 
+# %% ../../nbs/39a_train.adversarial.ipynb #b880fc85
+class FreeTraining(AdversarialTraining):
+    "Train on each batch several times, and let the same gradients move the attack"
+    name = 'adversarial_training' # by which the other parts ask for the images
+    def __init__(self,
+        adversary:Adversary=Adversary(), # bound; its steps do not count
+        replays:int=4, # times that each batch is trained on
+    ):
+        super().__init__('pgd', adversary)
+        if replays < 2: raise AttackError(f'replays must be 2 or more, got {replays}: 4 to 8 are usual')
+        self.replays, self.change = replays, None
+
+    def before_fit(self):
+        super().before_fit()
+        clash = [type(c).__name__ for c in self.learn.cbs if isinstance(c, (Accumulate, MixedPrecision))]
+        if clash: raise AttackError('free training steps several times a batch, in single precision and without '
+                                    f'accumulation, but this learner has {", ".join(clash)}: leave it out')
+
+    def before_batch(self):
+        self.clean = self.x.as_subclass(Tensor)
+        self.how = self.adversary.options(self.clean, self.epoch + (self.iter + 1)/self.n_iter)
+        if self.change is None: self.change = torch.zeros_like(self.clean)
+        self.attack()
+
+    def state_dict(self): return super().state_dict() | ({} if self.change is None else {'change': self.change})
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.change = state.get('change')
+
+# %% ../../nbs/39a_train.adversarial.ipynb #9128b3f8
+@patch
+def attack(self:FreeTraining):
+    "The batch with the change that it is trained on next"
+    eps, mask = self.how['eps'], self.how['mask']
+    change = self.change[:len(self.clean)].clamp(-eps, eps)
+    if mask is not None: change = change*mask
+    self.attacked = (self.clean + change).clamp(0, 1).requires_grad_()
+    self.learn.xb = (self.attacked, *self.xb[1:])
+
+
+@patch
+def after_backward(self:FreeTraining):
+    eps, here = self.how['eps'], self.change[:len(self.clean)]
+    here.add_(eps*self.attacked.grad.sign()).clamp_(-eps, eps)
+
+
+@patch
+def after_batch(self:FreeTraining):
+    for _ in range(self.replays - 1):
+        self.attack()
+        self.learn._do_one_batch()
+    self.attacked = self.attacked.detach()
+
 # %% ../../nbs/39a_train.adversarial.ipynb #81335308
 class WeightPerturbation(Callback):
     "Take each gradient at weights that were pushed uphill"
@@ -332,18 +387,20 @@ def after_epoch(self:OverfitAlarm):
 # %% ../../nbs/39a_train.adversarial.ipynb #6875350a
 def with_adversary(
     learn:Learner, # from `make_learner`
-    method:str='trades', # 'pgd', 'trades' or 'mart'
+    method:str='trades', # 'pgd', 'trades', 'mart' or 'free'
     adversary:Adversary=Adversary(), # bound and effort
     *,
     awp:float=0., # γ of the weight perturbation, 0 = none
     early_stop:bool=True, # keep the weights of the highest robust validation accuracy
-    **options # of `AdversarialTraining`: weight, mix_clean, norm
+    **options # of `AdversarialTraining`: weight, mix_clean, norm; of `FreeTraining`: replays
 )->Learner: # the same learner
     "Let a learner train on attacked images"
-    at, kinds = AdversarialTraining(method, adversary, **options), (AdversarialTraining, WeightPerturbation,
-                                                                    RobustScores, OverfitAlarm)
+    if method == 'free' and awp: raise AttackError(f"awp needs an attack before the step, 'free' has none: got {awp}")
+    at = FreeTraining(adversary, **options) if method == 'free' else AdversarialTraining(method, adversary, **options)
+    kinds = AdversarialTraining, WeightPerturbation, RobustScores, OverfitAlarm
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, kinds)])
-    parts = dict(method=method, weight=at.weight, mix_clean=at.mix_clean, norm=at.norm, awp=awp, early_stop=early_stop)
+    parts = dict(method=method, weight=at.weight, mix_clean=at.mix_clean, norm=at.norm, awp=awp, early_stop=early_stop,
+                 replays=getattr(at, 'replays', 1))
     learn.choices.update({f'adversary.{k}': v for k, v in (parts | asdict(adversary)).items()})
     return learn.add_cbs([at, OverfitAlarm(), *([WeightPerturbation(awp)] if awp else []),
                           *([RobustScores(adversary)] if early_stop else [])])
