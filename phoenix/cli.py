@@ -26,7 +26,7 @@ import typer
 from fastcore.docments import docments
 from fastcore.meta import delegates
 
-from .settings import PhoenixError, load_settings
+from .settings import PhoenixError, load_settings, wait_briefly
 
 # %% ../nbs/91_cli.ipynb #c948e213
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def command(
     def decorate(f):
         @functools.wraps(f)
         def run(as_json=False, **kw):
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive") # heard only before torch is imported
+            wait_briefly() # heard only before torch is imported
             try:
                 args = [kw.pop(n) for n in first]
                 with contextlib.redirect_stdout(sys.stderr): reply = f(*args, **kw)

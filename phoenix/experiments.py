@@ -27,7 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .records import Run, sha256_bytes, verify_run, write_text
-from .settings import PhoenixError, did_you_mean, load_settings
+from .settings import PhoenixError, did_you_mean, load_settings, wait_briefly
 
 # %% ../nbs/90_experiments.ipynb #98b9f2ff
 class ExperimentError(PhoenixError):
@@ -221,9 +221,9 @@ def resolve_parameters(
 # %% ../nbs/90_experiments.ipynb #c788437f
 def _kernel_manager(run, sockets):
     "A kernel manager that starts this interpreter and names the run in its environment"
+    wait_briefly(env := os.environ | {"PHOENIX_RUN": str(run.path.resolve())})
     spec = KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python",
-                      env={"PHOENIX_RUN": str(run.path.resolve()),
-                           "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")})
+                      env=env)
 
     class SameInterpreter(AsyncKernelManager):
         "Starts `sys.executable`, whatever kernels are installed"

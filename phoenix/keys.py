@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from .settings import PhoenixError
+from .settings import PhoenixError, wait_briefly
 
 # %% ../nbs/01_keys.ipynb #941914e0
 class KeyUseError(PhoenixError):
@@ -142,7 +142,7 @@ def set_threads(
     "Pin OpenMP, BLAS, OpenCV and torch to `n` threads"
     if not 1 <= operator.index(n) <= 1024: raise KeyUseError(f"Threads must lie in 1…1024, got {n}; correct it")
     os.environ.update({v: str(n) for v in THREAD_VARS})
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     threadpool_limits(int(n))
     if "cv2" in sys.modules: sys.modules["cv2"].setNumThreads(int(n))
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(int(n))

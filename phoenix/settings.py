@@ -6,11 +6,11 @@ Docs: https://phoenix-mri.github.io/phoenix/settings.html.md"""
 
 # %% auto #0
 __all__ = ['Fractions', 'PROFILES', 'NOT_SETTINGS', 'PhoenixError', 'SettingsError', 'did_you_mean', 'Settings', 'find_settings',
-           'load_settings']
+           'load_settings', 'wait_briefly']
 
 # %% ../nbs/00_settings.ipynb #a167316b
 import configparser, difflib, os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -157,3 +157,11 @@ def load_settings(
         raise SettingsError(f"Profile must be one of {list(PROFILES)}, got {profile!r}{near}")
     values = _from_file(path, profile) if path else {}
     return Settings(**values | _from_env(env) | overrides)
+
+# %% ../nbs/00_settings.ipynb #7edd424d
+def wait_briefly(
+    env:MutableMapping[str,str]|None=None, # changed in place; this process's environment when None
+)->None: # nothing
+    "Let OpenMP's waiting threads spin for some microseconds and then sleep, unless the environment has a rule of its own"
+    env = os.environ if env is None else env
+    if "OMP_WAIT_POLICY" not in env: env.setdefault("GOMP_SPINCOUNT", "1000")

@@ -180,14 +180,15 @@ def test_same_interpreter_whatever_kernels_are_installed(tmp_path, monkeypatch):
     assert read_json(execute(tmp_path, nb)/"metrics.json") == {"exe": sys.executable}
 
 
-@pytest.mark.parametrize("given, policy", [(None, "passive"), ("active", "active")])
-def test_waiting_threads_sleep_unless_told(tmp_path, monkeypatch, given, policy):
+@pytest.mark.parametrize("given, heard", [({}, {"GOMP_SPINCOUNT": "1000"}), ({"OMP_WAIT_POLICY": "active"},)*2])
+def test_waiting_threads_spin_briefly_unless_told(tmp_path, monkeypatch, given, heard):
     "Set before the kernel starts, for OpenMP reads it once"
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given: monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    for n in names: monkeypatch.delenv(n, raising=False)
+    for n, v in given.items(): monkeypatch.setenv(n, v)
     nb = notebook(tmp_path, "import os\nfrom phoenix.experiments import current_run\n"
-                            "current_run().record(policy=os.environ['OMP_WAIT_POLICY'])")
-    assert read_json(execute(tmp_path, nb)/"metrics.json") == {"policy": policy}
+                            f"current_run().record(rule={{n: os.environ[n] for n in {names} if n in os.environ}})")
+    assert read_json(execute(tmp_path, nb)/"metrics.json") == {"rule": heard}
 
 
 def test_the_bar_is_on_stderr(tmp_path, capfd):
