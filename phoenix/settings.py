@@ -162,6 +162,6 @@ def load_settings(
 def wait_briefly(
     env:MutableMapping[str,str]|None=None, # changed in place; this process's environment when None
 )->None: # nothing
-    "Let OpenMP's waiting threads spin for some microseconds and then sleep, unless the environment has a rule of its own"
+    "Let OpenMP's waiting threads spin for microseconds and then sleep, unless the environment has its own rule"
     env = os.environ if env is None else env
     if "OMP_WAIT_POLICY" not in env: env.setdefault("GOMP_SPINCOUNT", "1000")
