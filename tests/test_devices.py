@@ -1,4 +1,10 @@
 "Trainings on two processes against the same training on one"
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -80,3 +86,20 @@ def test_torchrun(data):
     assert (again.test.logits == done.test.logits).all()
     with pytest.raises(DeviceError, match="5 pictures do not divide by 2"):
         train_on_devices(manifest, certificate, 2, **(how | dict(batch_size=5, run_dir=folder/"odd")))
+
+
+@slow
+def test_the_command_trains_on_two_devices(tmp_path):
+    "`phoenix train --devices 2`: a sealed run with a model, and one process speaks"
+    from phoenix.cli import split_make, verify
+    from phoenix.data.acquire import acquire
+    acquire("phantom", tmp_path/"raw", patients=24, slices=1, size=64, seed=3, progress=False)
+    split_make(tmp_path/"raw", tmp_path/"split.json")
+    env = dict(os.environ, PHOENIX_RUNS_DIR=str(tmp_path/"runs"), PHOENIX_CACHE_DIR=str(tmp_path/"cache"), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-c", "from phoenix.cli import app; app()", "train", tmp_path/"raw", tmp_path/"split.json",
+                           "--model", "plain_tiny_none", "--epochs", "2", "--size", "32", "--batch-size", "6", "--devices", "2",
+                           "--json"], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert verify(Path(facts["run"])).data["state"] == "sealed" and (Path(facts["model"])/"model.safetensors").is_file()
+    assert "epoch   2/2" in done.stderr and done.stderr.count("epoch   2/2") == 1, "one process speaks"

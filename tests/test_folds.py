@@ -16,7 +16,7 @@ from phoenix.data.duplicates import find_pairs
 from phoenix.data.phantom import make_phantom
 from phoenix.data.preprocess import Preprocess
 from phoenix.train.ensembles import train_members
-from phoenix.train.folds import cross_validate, fold_certificates
+from phoenix.train.folds import FoldError, cross_validate, fold_certificates
 from phoenix.train.learner import TrainError, train_classifier
 from phoenix.train.search import fold_evaluator, search, trial_table
 
@@ -80,6 +80,22 @@ def test_the_command_compares_what_the_folds_left(straight, tmp_path):
     assert {f.name for f in (tmp_path/"page").iterdir()} >= {"report.html", "report.json", "differences.csv"}
     rows = read_json(tmp_path/"page/report.json")["sections"][0]["numbers"]["cells"]["rows"]
     assert sorted((r[0], r[1]) for r in rows) == [("a", 0)]*3 + [("a", 1)]*3 + [("b", 0)]*3
+
+
+def test_what_was_begun_on_another_split_is_refused(data, straight, tmp_path):
+    "Folds and a single training, with a certificate that differs in nothing but the split; the folders stay as they are"
+    manifest, certificates, job = data
+    def held(folder): return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    before = held(straight)
+    with pytest.raises(FoldError, match="certificates was .* and is"):
+        cross_validate(manifest, certificates[::-1], run_dir=straight, resume=True, **job)
+    assert held(straight) == before
+    how = job | dict(epochs=1, run_dir=tmp_path/"one")
+    train_classifier(manifest, certificates[0], **how)
+    before = held(tmp_path/"one")
+    with pytest.raises(TrainError, match=f"certificate was {certificates[0].sha256} and is {certificates[1].sha256}"):
+        train_classifier(manifest, certificates[1], resume=True, **how)
+    assert held(tmp_path/"one") == before
 
 
 POINTS = [(1, "history.csv", 3), (0, "history.csv", 2), (1, "out_of_fold.csv", 1), (2, "checkpoints/last.safetensors", 0),
@@ -161,6 +177,32 @@ def test_a_killed_search_is_the_one_that_never_stopped(tmp_path):
     assert len(again.trials) == 10 and again.trials[3].state.name == "FAIL"
     first = [(t.params, t.values, t.state) for t in whole.trials]
     assert rows == first, "the killed trial is tried again with its parameters, and those after it are as they would have been"
+
+
+def test_the_usual_space():
+    "Bounds of the protocol's search, section 1.19, with Adan in Adam's place"
+    from phoenix.train.search import SPACE as usual
+    assert (usual["lr"].low, usual["lr"].high, usual["lr"].log) == (1e-5, 1e-2, True)
+    assert (usual["dropout"].low, usual["dropout"].high) == (0, .5)
+    assert usual["batch_size"].choices == (8, 16, 32, 64) and usual["opt"].choices == ("adan", "adamw", "sgd")
+
+
+@pytest.mark.slow
+def test_a_front_of_accuracy_latency_and_calibration(tmp_path, monkeypatch):
+    "The command searches for all three at once; the front is what no other trial beats in all, with a file for each"
+    from phoenix.cli import parameter_search, split_make
+    from phoenix.data.acquire import acquire
+    from phoenix.evaluate.tests import pareto
+    acquire("phantom", tmp_path/"raw", patients=24, seed=3, progress=False)
+    split_make(tmp_path/"raw", tmp_path/"split.json")
+    for name, value in dict(CACHE_DIR=tmp_path/"cache", RUNS_DIR=tmp_path/"runs", BATCH_SIZE=8, THREADS=1).items():
+        monkeypatch.setenv(f"PHOENIX_{name}", str(value))
+    found = parameter_search(tmp_path/"raw", tmp_path/"split.json", tmp_path/"search", trials=4, parameters="lr,dropout",
+                             objectives="accuracy,latency,calibration", sampler="nsga2", model="plain_tiny_none", epochs=1, size=32)
+    table = pd.read_csv(tmp_path/"search/trials.csv")
+    assert len(table) == 4 and table[["accuracy", "latency_ms", "ece"]].notna().all(axis=None) and (table.latency_ms > 0).all()
+    best = pareto(table[["accuracy", "latency_ms", "ece"]].to_numpy()*[1, -1, -1])
+    assert sorted(b["number"] for b in found.data["best"]) == sorted(table.number[best]) and len(found.data["files"]) == len(found.data["best"])
 
 
 @pytest.mark.slow

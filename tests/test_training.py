@@ -327,3 +327,31 @@ def test_global_random_state_is_left_alone():
     learn.validate()
     learn.get_preds()
     assert states() == before
+
+
+@pytest.mark.slow
+def test_another_terminal_redraws_the_curves(tmp_path):
+    "`phoenix watch` beside a training, its screen a terminal of its own: epoch after epoch, and it ends with the training"
+    import pty
+    import threading
+    from phoenix.train.learner import fit
+    ours, theirs = pty.openpty()
+    env = dict(os.environ, OMP_NUM_THREADS="1", TERM="xterm", COLUMNS="100", LINES="40")
+    watch = subprocess.Popen([sys.executable, "-c", "from phoenix.cli import app; app()", "watch", tmp_path, "--every", ".1"],
+                             stdout=subprocess.PIPE, stderr=theirs, text=True, env=env)
+    os.close(theirs)
+    screen = []
+
+    def read():
+        try:
+            while block := os.read(ours, 4096): screen.append(block.decode(errors="replace"))
+        except OSError: return # the terminal is gone with its process
+    reader = threading.Thread(target=read)
+    reader.start()
+    fit(toy(tmp_path, slow=.15), 6, progress=False)
+    out, _ = watch.communicate(timeout=60)
+    reader.join(timeout=10)
+    drawn = "".join(screen)
+    assert watch.returncode == 0 and "epoch 6 of 6, over (epochs)" in out
+    seen = [k for k in range(7) if f"epoch {k} of 6, running" in drawn]
+    assert len(seen) >= 3 and "\x1b[" in drawn, "it redraws, and does not only print the end"

@@ -216,6 +216,13 @@ def make_network(
 _ASIDE = {'cache_dir', 'workers', 'progress', 'device', 'resume'} # what a result does not depend on
 
 
+def _brief(value):
+    "A value as a sentence holds it; hashes by their beginnings"
+    if isinstance(value, list): value = [v[:8] if isinstance(v, str) and len(v) == 64 else v for v in value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + '…'
+
+
 def _agree(run_dir, plan, resume):
     "Write the plan of a new run, or hold a resumed one to it"
     path = Path(run_dir)/'folds.json'
@@ -226,7 +233,7 @@ def _agree(run_dir, plan, resume):
     was = read_json(path)
     changed = [k for k in sorted(set(was) | set(plan)) if was.get(k) != plan.get(k)]
     if changed:
-        told = '; '.join(f'{k} was {was.get(k)!r} and is {plan.get(k)!r}'[:160] for k in changed[:3])
+        told = '; '.join(f'{k} was {_brief(was.get(k))} and is {_brief(plan.get(k))}' for k in changed[:3])
         raise FoldError(f'a resumed cross-validation must be the one it began as, but {told}: restore it, or use '
                         'another run_dir')
 

@@ -414,7 +414,7 @@ class Boundary(nn.Module):
         p, g = mask_probs(logits, targets)
         if p.shape[1] > 1: p, g = p[:, 1:], g[:, 1:]
         masks = g.detach().cpu().numpy() > .5
-        far = torch.tensor(np.stack([[signed_distance(m, self.spacing) for m in image] for image in masks]))
-        return reduce_losses((p * far.to(p)).flatten(2).mean(2), self.reduction)
+        far = np.array([[signed_distance(m, self.spacing) for m in image] for image in masks], np.float32)
+        return reduce_losses((p * torch.from_numpy(far.reshape(p.shape)).to(p)).flatten(2).mean(2), self.reduction)
 
     activation, decodes = Tversky.activation, Tversky.decodes

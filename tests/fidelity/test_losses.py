@@ -184,6 +184,17 @@ def test_batch_of_none(cls, kw):
     with pytest.raises(LossError, match="at least one sample"): cls(**kw)(z, y)
 
 
+@pytest.mark.parametrize("cls", [Dice, Tversky, Boundary])
+def test_mask_batch_of_none(cls):
+    "As for classes: the sum over no image is 0 with a gradient, the mean is an error"
+    for classes in (1, 3):
+        z, y = torch.zeros(0, classes, 6, 5, requires_grad=True), torch.zeros(0, 6, 5, dtype=torch.long)
+        loss = cls(reduction="sum")(z, y)
+        loss.backward()
+        assert loss.item() == 0 and z.grad.shape == z.shape
+        with pytest.raises(LossError, match="at least one sample"): cls()(z, y)
+
+
 @pytest.mark.parametrize("cls, kw", CLASS + LABEL)
 def test_finite_at_a_thousand(cls, kw):
     make = multi_class if issubclass(cls, CrossEntropy) else multi_label
