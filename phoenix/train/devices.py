@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .learner import KeyedLearner, Trained, TrainError, fit, make_learner, make_loss, predict
@@ -119,15 +120,29 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(var * (n/(n - 1)), new)
         return y
 
+
+class _SharedNormAct(_SharedNorm):
+    "The same with timm's dropout and activation behind it"
+    def forward(self, x): return self.act(self.drop(super().forward(x)))
+
 # %% ../../nbs/36_train.devices.ipynb #62a41025
+_SHARED = {nn.BatchNorm1d: _SharedNorm, nn.BatchNorm2d: _SharedNorm, nn.BatchNorm3d: _SharedNorm,
+           BatchNormAct2d: _SharedNormAct}
+
+
 def share_norms(
     model:nn.Module, # changed in place
 )->nn.Module: # with the same names of weights and buffers
     "Let every batch normalisation use the statistics of all processes"
-    if next(model.parameters()).is_cuda: return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if next(model.parameters()).is_cuda: return convert_sync_batchnorm(model)
     for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine and m.track_running_stats:
-            m.__class__ = _SharedNorm
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm): continue
+        kind = _SHARED.get(type(m))
+        if not (kind and m.affine and m.track_running_stats):
+            known = ', '.join(k.__name__ for k in _SHARED)
+            raise DeviceError(f'on several devices a batch normalisation must be one of {known}, with weights and '
+                              f'running statistics, got {m}: train this network on one')
+        m.__class__ = kind
     return model
 
 # %% ../../nbs/36_train.devices.ipynb #cfe511b3
