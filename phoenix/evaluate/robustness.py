@@ -11,6 +11,7 @@ __all__ = ['ATTACKS', 'share_right', 'robust_difference', 'Robustness', 'robustn
 # %% ../../nbs/44_evaluate.robustness.ipynb #af578bf8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from ..data.severity import KINDS, corrupt, severity_keys
 from .metrics import MetricError
 from .statistics import Interval, RowSums, bootstrap, class_strata, paired_difference
+from ..models.concepts import weights_sha256
 from ..plots import style
+from ..records import hash_json, read_json, sha256_bytes, write_json
 from ..train.attacks import is_right, pgd
 from ..train.autoattack import AttackReport, auto_attack
 from ..train.masking import Masking, masking_checks
@@ -87,7 +90,40 @@ def _pgd_report(model, x, y, *, eps, mask, seed, steps=40, restarts=2, **_):
 
 ATTACKS = dict(auto=auto_attack, pgd=_pgd_report)
 
+# %% ../../nbs/44_evaluate.robustness.ipynb #e7a0d4b3
+def _question(model, surrogate, tensors, **how):
+    "A hash of all that the answer hangs on"
+    nets = [None if m is None else weights_sha256(m) for m in (model, surrogate)]
+    arrays = [None if t is None else sha256_bytes(t.numpy(force=True).tobytes()) for t in tensors]
+    return hash_json(dict(nets=nets, arrays=arrays, **how))
 
+
+def _found_so_far(keep, question, n):
+    "What a file holds of this question"
+    if keep is None or not Path(keep).exists(): return dict(question=question, right=[], attacks={}, passes=n)
+    found = read_json(keep)
+    if found.get('question') == question: return found
+    raise MetricError('keep must name a file of the same weights, images, bounds and attack, got the answer to another '
+                      f'question in {Path(keep).name}: name another file, or delete this one')
+
+
+def _complete(found, clean, eps, ask, check, checks):
+    "Fill in what is missing, with a stop after each part"
+    if not found['right']: found['right'].append(clean().tolist())
+    for e in eps[len(found['right']) - 1:]:
+        left, now = torch.tensor(found['right'][-1]).nonzero()[:, 0], torch.tensor(found['right'][-1])
+        if len(left):
+            report = ask(left, e)
+            now[left], found['attacks'][report.name] = report.right.cpu(), ', '.join(report.after)
+            found['passes'] += report.passes.forward
+        found['right'].append(now.tolist())
+        yield
+    if 'checks' not in found:
+        sure = torch.tensor(found['right'][0]).nonzero()[:, 0][:checks]
+        found['checks'] = check(sure) if len(sure) else []
+        yield
+
+# %% ../../nbs/44_evaluate.robustness.ipynb #5c0e61fa
 def robustness(
     model:nn.Module, # the network
     x:Tensor, # pixels in [0, 1], `(N,C,H,W)`
@@ -100,28 +136,27 @@ def robustness(
     checks:int=32, # images that the checks for hidden gradients are made on, the first ones that are right
     mask:Tensor|None=None, # `(N,1,H,W)`: 1 where pixels may change, such as the brain
     seed:int=0, # key of the attacks
+    keep:Path|None=None, # JSON file that remembers each bound, so that a stopped call goes on with the next one
     **options # of the attack: steps, queries, restarts
 )->Robustness: # accuracy for each bound, and what stands behind it
     "Accuracy under attack as ε grows"
     if attack not in ATTACKS: raise MetricError(f'attack must be one of {", ".join(ATTACKS)}, got {attack!r}')
     if list(eps) != sorted(set(eps)) or not len(eps) or eps[0] <= 0:
         raise MetricError(f'eps must be rising bounds above 0, got {list(eps)}; 0 is measured anyway')
-    right, names, passes = [is_right(model, x, y)], {}, len(x)
+    how = dict(eps=list(eps), attack=attack, checks=checks, seed=seed, **options)
+    found = _found_so_far(keep, keep and _question(model, surrogate, (x, y, mask), **how), len(x))
     cut = lambda at: None if mask is None else mask[at] if len(mask) > 1 else mask
-    for e in eps:
-        left, now = right[-1].nonzero()[:, 0], right[-1].clone()
-        if len(left):
-            report = ATTACKS[attack](model, x[left], y[left], eps=e, mask=cut(left), seed=seed, **options)
-            now[left], names[report.name] = report.right, ', '.join(report.after)
-            passes += report.passes.forward
-        right.append(now)
-    sure = right[0].nonzero()[:, 0][:checks]
-    found = Masking(pd.DataFrame(columns=['check', 'passed', 'seen']))
-    if len(sure): found = masking_checks(model, x[sure], y[sure], eps=eps[0], surrogate=surrogate, mask=cut(sure),
-                                         queries=min(200, options.get('queries', 200)))
-    told = '; '.join(f'{n}: {a}' if a else n for n, a in names.items()) or 'no attack: no clean image is right'
-    return Robustness(told, (0., *eps), torch.stack(right).numpy(), None if groups is None else np.asarray(groups),
-                      y.numpy(force=True), found, passes)
+    def ask(left, e):
+        return ATTACKS[attack](model, x[left], y[left], eps=e, mask=cut(left), seed=seed, **options)
+    def check(sure):
+        return masking_checks(model, x[sure], y[sure], eps=eps[0], surrogate=surrogate, mask=cut(sure),
+                              queries=min(200, options.get('queries', 200))).table.to_dict('records')
+    for _ in _complete(found, lambda: is_right(model, x, y), eps, ask, check, checks):
+        if keep: write_json(keep, found)
+    masking = Masking(pd.DataFrame(found['checks'], columns=['check', 'passed', 'seen']))
+    told = '; '.join(f'{n}: {a}' if a else n for n, a in found['attacks'].items())
+    return Robustness(told or 'no attack: no clean image is right', (0., *eps), np.array(found['right'], bool),
+                      None if groups is None else np.asarray(groups), y.numpy(force=True), masking, found['passes'])
 
 # %% ../../nbs/44_evaluate.robustness.ipynb #b496a45c
 def plot_robustness(
