@@ -20,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+import phoenix
 from ..data.severity import KINDS, corrupt, severity_keys
 from .metrics import MetricError
 from .statistics import Interval, RowSums, bootstrap, class_strata, paired_difference
@@ -95,7 +96,7 @@ def _question(model, surrogate, tensors, **how):
     "A hash of all that the answer hangs on"
     nets = [None if m is None else weights_sha256(m) for m in (model, surrogate)]
     arrays = [None if t is None else sha256_bytes(t.numpy(force=True).tobytes()) for t in tensors]
-    return hash_json(dict(nets=nets, arrays=arrays, **how))
+    return hash_json(dict(phoenix=phoenix.__version__, nets=nets, arrays=arrays, **how))
 
 
 def _found_so_far(keep, question, n):
@@ -103,8 +104,8 @@ def _found_so_far(keep, question, n):
     if keep is None or not Path(keep).exists(): return dict(question=question, right=[], attacks={}, passes=n)
     found = read_json(keep)
     if found.get('question') == question: return found
-    raise MetricError('keep must name a file of the same weights, images, bounds and attack, got the answer to another '
-                      f'question in {Path(keep).name}: name another file, or delete this one')
+    raise MetricError('keep must name a file of the same weights, images, bounds, attack and phoenix, got the answer '
+                      f'to another question in {Path(keep).name}: name another file, or delete this one')
 
 
 def _complete(found, clean, eps, ask, check, checks):
