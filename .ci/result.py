@@ -67,7 +67,8 @@ def show(run, name, experiment):
         same = cell.id in ran and ran[cell.id].source == cell.source
         cell.outputs = shown(ran[cell.id].outputs) if same else []
         if "parameters" in cell.metadata.get("tags", []):
-            said = f"What is shown below is the kept run {run.name}, with params/{name}.yaml.\n"
+            file = f", with params/{name}.yaml" if (path.parent / f"params/{name}.yaml").exists() else ""
+            said = f"What is shown below is the kept run {run.name}{file}.\n"
             cell.outputs = [dict(output_type="stream", name="stdout", text=[said])]
         elif not same: changed += 1
     write_nb(nb, path)

@@ -94,7 +94,7 @@ ATTACKS = dict(auto=auto_attack, pgd=_pgd_report)
 # %% ../../nbs/44_evaluate.robustness.ipynb #e7a0d4b3
 def _question(model, surrogate, tensors, **how):
     "A hash of all that the answer hangs on"
-    nets = [None if m is None else weights_sha256(m) for m in (model, surrogate)]
+    nets = [None if m is None else (weights_sha256(m), str(m)) for m in (model, surrogate)]
     arrays = [None if t is None else sha256_bytes(t.numpy(force=True).tobytes()) for t in tensors]
     return hash_json(dict(phoenix=phoenix.__version__, nets=nets, arrays=arrays, **how))
 

@@ -198,9 +198,9 @@ def plot_tcav(
 def weights_sha256(
     model:nn.Module, # any network
 )->str: # 64 hexadecimal digits
-    "A hash of all weights and buffers with their names"
+    "A hash of all weights and buffers with their names, the mean and std of a network among them"
     h = hashlib.sha256()
-    for k,v in model.state_dict().items():
+    for k,v in {**model.state_dict(), **dict(model.named_buffers())}.items(): # also what a file of weights leaves out
         h.update(f'{k}/{tuple(v.shape)}/{v.dtype}'.encode() + v.cpu().numpy().tobytes())
     return h.hexdigest()
 
