@@ -238,6 +238,7 @@ def mean_interval(
     *,
     n:int=2000, # resamples
     seed:int=42, # key
+    level:float=.95, # coverage
 )->Interval: # percentile interval of the mean
     "A mean with its grouped bootstrap interval"
     keep = np.isfinite(values)
@@ -247,7 +248,7 @@ def mean_interval(
     groups = None if groups is None else np.asarray(groups)[keep]
     sums = resample_sums(rows, groups, n=n, seed=seed, purpose='explain')
     units = keep.sum() if groups is None else len(set(groups.tolist()))
-    return percentile_interval(rows[:,0].mean(), sums[:,0]/sums[:,1], int(units))
+    return percentile_interval(rows[:,0].mean(), sums[:,0]/sums[:,1], int(units), level=level)
 
 def deletion_gain(
     model:nn.Module, # any classifier
