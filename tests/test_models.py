@@ -14,7 +14,8 @@ from phoenix.models.zoo import CNNS, ZOO, create_model, model_names
 SIDE = 64
 FIXED = {"vit_base_patch16_224", "vit_large_patch16_224"}  # these take one size of picture
 TINY = [n for n in family_names() if "_tiny_" in n]
-QUICK = [*TINY, *CNNS, "neurosnake_small_ca", "plain_small_ca"]
+CHEAP = ["neurosnake_tiny_ca_op", "neurosnake_tiny_ca_od"]  # cheaper offsets
+QUICK = [*TINY, *CHEAP, *CNNS, "neurosnake_small_ca", "plain_small_ca"]
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in model_names() if n not in QUICK]
 EXPENSIVE = {"Loop", "Scan", "If", "GridSample", "DeformConv", "BatchNormalization"}
 
@@ -63,6 +64,7 @@ def test_a_saved_network_is_the_same_network(name, tmp_path):
 
 @pytest.mark.parametrize("name, how", [("neurosnake_tiny_ca", dict(c_in=3)), ("neurosnake_tiny_se_vit_k5_s34", dict(slices=5)),
                                        ("neurosnake_tiny_kan", dict(hidden=(12, 8), widths=(16, 24, 32, 48))),
+                                       ("neurosnake_tiny_ca", dict(offsets="depth")),
                                        ("resnet18", dict(slices=3)), ("cnn", dict(widths=(8, 16)))])
 def test_arguments_come_back_too(name, how, tmp_path):
     net, args = built(name, **how)
@@ -72,7 +74,7 @@ def test_arguments_come_back_too(name, how, tmp_path):
     with torch.no_grad(): assert torch.equal(net(x), package.model()(x))
 
 
-EXPORTED = ["neurosnake_small_ca", "neurosnake_tiny_ca_vit", "plain_tiny_se_kan"]
+EXPORTED = ["neurosnake_small_ca", "neurosnake_tiny_ca_vit", "plain_tiny_se_kan", *CHEAP]
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *[pytest.param(n, marks=pytest.mark.slow) for n in model_names() if n not in EXPORTED]])
@@ -93,7 +95,7 @@ def test_an_exported_network_answers_like_its_weights(name, tmp_path):
     if not name.startswith("timm"): assert not EXPENSIVE & set(node_census(path)), node_census(path)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *CHEAP])
 def test_every_parameter_hears_from_the_loss(name):
     with seeded(2): net = create_model(name, 2, 3).train()
     x = torch.from_numpy(patterns(4, 3))
@@ -101,7 +103,7 @@ def test_every_parameter_hears_from_the_loss(name):
     assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
 
 
-@pytest.mark.parametrize("name", [*TINY, *CNNS, *[f"timm/{n}" for n in ZOO]])
+@pytest.mark.parametrize("name", [*TINY, *CHEAP, *CNNS, *[f"timm/{n}" for n in ZOO]])
 def test_depth_is_a_partition_and_freezing_follows_it(name):
     with torch.device("meta"): net = create_model(name, 4)
     groups, names = net.depth_groups(), {n for n, _ in net.named_parameters()}

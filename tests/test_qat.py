@@ -13,7 +13,7 @@ from phoenix.models.zoo import create_model
 
 slow = pytest.mark.slow
 NAMES = [*(pytest.param(n, marks=slow) for n in (
-    'timm/test_efficientnet', 'neurosnake_tiny_ca', 'neurosnake_tiny_vit', 'neurosnake_tiny_kan', 'plain_tiny_se', 'cnn', 'resnet18',
+    'timm/test_efficientnet', 'neurosnake_tiny_ca', 'neurosnake_tiny_vit', 'neurosnake_tiny_kan', 'neurosnake_tiny_ca_od', 'plain_tiny_se', 'cnn', 'resnet18',
     'mobilenetv3_small_100', 'densenet121', 'convnext_atto'))]
 
 

@@ -80,7 +80,7 @@ def _tidy(model:ModelProto, snakes:set[str])->ModelProto:
         name = f'{scope}/{node.op_type}' if scope else node.op_type
         seen[name] += 1
         node.name = name if seen[name]==1 else f'{name}_{seen[name]}'
-        if scope in snakes or scope.removesuffix('.offset') in snakes: sampling.append(node.name)
+        if scope in snakes or scope.rpartition('.offset')[0] in snakes: sampling.append(node.name)
         node.ClearField('doc_string')
     g = model.graph
     for part in (model, g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer):

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..keys import preserve_rng
 from .attention import ATTENTION, CoordinateAttention, make_attention
 from .heads import HEADS, make_head
-from .snake import DynamicSnakeConv, export_snake
+from .snake import OFFSETS, DynamicSnakeConv, export_snake
 from ..plots import window
 from ..settings import PhoenixError, did_you_mean
 
@@ -97,13 +97,14 @@ class Block(nn.Module):
         kind:str, # 'snake', 'plain' (straight lines) or 'local' (3×3 only)
         width:int, # channels of the bottleneck and of each branch
         kernel_size:int=9, # taps of a line
+        offsets:str='full', # what finds the steps of a snake: 'full', 'point' or 'depth'
     ):
         super().__init__()
         if kind not in KINDS:
             raise PhoenixError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}: choose one of them.")
         self.reduce = ConvNorm(c_in, width)
-        self.body = (DynamicSnakeConv(width, c_out, kernel_size, width=width, bias=False) if kind=='snake' else
-                     StraightConv(width, c_out, kernel_size, width, lines=kind=='plain'))
+        self.body = (DynamicSnakeConv(width, c_out, kernel_size, width=width, bias=False, offsets=offsets)
+                     if kind=='snake' else StraightConv(width, c_out, kernel_size, width, lines=kind=='plain'))
         self.norm = nn.BatchNorm2d(c_out)
         self.shortcut = ConvNorm(c_in, c_out, act=False) if c_in!=c_out else nn.Identity()
 
@@ -182,11 +183,18 @@ class Plan:
     dropout:float=.2 # before the classifier
     head:str='gap' # 'gap', 'vit' or 'kan'
     hidden:tuple[int,...]|None=None # widths between embedding and logits; the head's own if None
+    offsets:str='full' # what finds the steps of snakes: 'full' 3×3, 'point' 1×1, or 'depth', 3×3 by channel and 1×1
 
     def __post_init__(self):
         n = {len(self.widths), len(self.depths), len(self.lines)}
         if len(n)!=1:
             raise PhoenixError(f"widths, depths and lines must be equally long, got {self}: give one entry per stage.")
+        if self.offsets not in OFFSETS:
+            raise PhoenixError(f"offsets must be one of {', '.join(OFFSETS)}, got {self.offsets!r}"
+                               f"{did_you_mean(self.offsets, OFFSETS)}: correct it.")
+        if self.offsets!='full' and not (self.kind=='snake' and any(self.lines)):
+            raise PhoenixError(f"offsets other than 'full' must have snakes to bend, got {self.offsets!r} in a network "
+                               "without any: leave them out.")
 
 SIZES = {'tiny':  Plan(16, (24,48,96,160),  (1,1,1,1), (False,True,True,True)),
          'small': Plan(24, (48,96,192,384), (1,1,2,2), (False,True,True,True)),
@@ -208,7 +216,7 @@ class NeuroSnake(Classifier):
         self.stages = nn.ModuleList()
         for n,(w,depth,lines) in enumerate(zip(plan.widths, plan.depths, plan.lines)):
             kind, width = plan.kind if lines else 'local', max(8, int(w*plan.ratio))
-            blocks = [Block(w if i else c, w, kind, width, plan.kernel_size) for i in range(depth)]
+            blocks = [Block(w if i else c, w, kind, width, plan.kernel_size, plan.offsets) for i in range(depth)]
             pool, c = nn.MaxPool2d(2, ceil_mode=True) if n<len(plan.widths)-1 else nn.Identity(), w
             self.stages.append(nn.Sequential(*blocks, make_attention(plan.attention, w, plan.reduction), pool))
         self.pool, self.head = make_head(plan.head, c, n_classes, plan.hidden)
@@ -228,7 +236,8 @@ FAMILIES = {'neurosnake':'snake', 'plain':'plain'}
 _STAGES = [''.join(c) for n in range(5) for c in combinations('1234', n)]
 ENDINGS = {**{a:('attention', a) for a in ATTENTION}, **{h:('head', h) for h in HEADS},
            **{f'k{k}':('kernel_size', k) for k in (3,5,7,9)}, **{f'r{r}':('reduction', r) for r in (8,16,32)},
-           **{f's{c or 0}':('lines', tuple(k in c for k in '1234')) for c in _STAGES}}
+           **{f's{c or 0}':('lines', tuple(k in c for k in '1234')) for c in _STAGES},
+           'op':('offsets', 'point'), 'od':('offsets', 'depth')}
 
 # %% ../../nbs/22_models.neurosnake.ipynb #3ba97fa4
 def family_names(
@@ -272,7 +281,8 @@ ABLATION = {'NeuroSnake-CA':'neurosnake_{}_ca', 'plain twin':'plain_{}_ca', 'no 
             'K = 3':'neurosnake_{}_ca_k3', 'K = 5':'neurosnake_{}_ca_k5', 'r = 16':'neurosnake_{}_ca_r16',
             'r = 32':'neurosnake_{}_ca_r32', 'snakes in stages 3 and 4':'neurosnake_{}_ca_s34',
             'snakes in stage 4':'neurosnake_{}_ca_s4', 'transformer head':'neurosnake_{}_ca_vit',
-            'spline head':'neurosnake_{}_ca_kan'}
+            'spline head':'neurosnake_{}_ca_kan', 'offsets of one pixel':'neurosnake_{}_ca_op',
+            'offsets by channel':'neurosnake_{}_ca_od'}
 def ablation_names(
     size:str='small', # 'tiny', 'small' or 'base'
 )->dict[str,str]: # what is changed → name of the network
