@@ -1,7 +1,7 @@
-"""Writes peers.json: what torchmetrics, fairlearn, netcal, pytorch-msssim and grad-cam say of inputs that are made here by formula.
+"""Writes peers.json: what torchmetrics, fairlearn, netcal, pytorch-msssim, grad-cam and MONAI say of inputs that are made here by formula.
 
 Runs where these can be imported beside phoenix's own requirements; they are installed without their dependencies, which are there already:
-pip install --no-deps torchmetrics==1.9.0 lightning-utilities fairlearn==0.15.0 netcal==1.4.0 pytorch-msssim==1.0.0 grad-cam==1.5.7 ttach
+pip install --no-deps torchmetrics==1.9.0 lightning-utilities fairlearn==0.15.0 netcal==1.4.0 pytorch-msssim==1.0.0 grad-cam==1.5.7 ttach monai==1.6.1
 """
 import json
 import sys
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 FILE = Path(__file__).with_name("peers.json")
-PACKAGES = "torchmetrics", "fairlearn", "netcal", "pytorch-msssim", "grad-cam", "torch", "numpy"
+PACKAGES = "torchmetrics", "fairlearn", "netcal", "pytorch-msssim", "grad-cam", "monai", "torch", "numpy"
 BINS, SIDES, MS_WEIGHTS = (10, 15), (176, 192), (.0448, .2856, .3001, .2363, .1333) # of Wang et al. (2003)
 
 
@@ -107,6 +107,21 @@ def of_gradcam():
     return found
 
 
+def masks(channels):
+    "Logits of two small pictures and their masks; of one channel 0 and 1, else a class at each place"
+    return 2 * wave(2, channels, 8, 9, pace=.9), ((.5 + .5 * wave(2, 8, 9, pace=.4)) * max(channels, 2)).long()
+
+
+def of_monai():
+    from monai.losses import DiceLoss, TverskyLoss
+    found = {}
+    for channels in (1, 3):
+        (z, y), kw = masks(channels), dict(sigmoid=True) if channels == 1 else dict(softmax=True, to_onehot_y=True)
+        found[channels] = dict(dice=DiceLoss(smooth_nr=1., smooth_dr=1., **kw)(z, y[:, None]).item(),
+                               tversky=TverskyLoss(alpha=.3, beta=.7, smooth_nr=1., smooth_dr=1., **kw)(z, y[:, None]).item())
+    return found
+
+
 def inputs():
     "A few numbers by which inputs made elsewhere are known to be those of the record"
     p, y, source = predictions()
@@ -116,7 +131,7 @@ def inputs():
 
 def main():
     found = dict(provenance={n: version(n) for n in PACKAGES}, inputs=inputs(), fairlearn=of_fairlearn(), torchmetrics=of_torchmetrics(),
-                 netcal=of_netcal(), likeness=of_likeness(), gradcam=of_gradcam())
+                 netcal=of_netcal(), likeness=of_likeness(), gradcam=of_gradcam(), monai=of_monai())
     FILE.write_text(json.dumps(found, indent=0) + "\n")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peers_reference import BINS, CLASSES, LAYER, SIDES, inputs, maps, network, predictions
+from peers_reference import BINS, CLASSES, LAYER, SIDES, inputs, maps, masks, network, predictions
 
 from phoenix.evaluate.calibration import ece, mce, reliability
 from phoenix.evaluate.fairness import fairness
@@ -12,6 +12,7 @@ from phoenix.evaluate.headlines import headlines
 from phoenix.evaluate.statistics import mcnemar
 from phoenix.models.cam import CAMS, signed_cam
 from phoenix.models.stability import ms_ssim, ssim
+from phoenix.train.losses import Dice, Tversky
 
 GOLDEN = json.loads(Path(__file__).with_name("peers.json").read_text())
 ERRORS = dict(ece=ece, mce=mce)
@@ -100,3 +101,10 @@ def test_activation_maps_are_those_of_the_grad_cam_package(method):
     ours, theirs = signed_cam(net, x, list(CLASSES), layer=LAYER, method=method).numpy(), np.array(GOLDEN["gradcam"][method])
     rel = 1e-4 if method == "gradcam++" else 1e-12
     assert np.abs(ours - theirs).max() <= rel * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("channels", [case("mask-sigmoid", 1), case("mask-softmax", 3)])
+def test_losses_of_masks_are_those_of_monai(channels):
+    z, y = masks(channels)
+    found, golden = dict(dice=Dice()(z, y).item(), tversky=Tversky()(z, y).item()), GOLDEN["monai"][str(channels)]
+    assert y.unique().tolist() == list(range(max(channels, 2))) and found == pytest.approx(golden, abs=1e-12)
