@@ -1,4 +1,6 @@
 "Simulations: tests reject true null hypotheses as often as they say, intervals hold the truth as often as they say"
+import time
+
 import numpy as np
 import pytest
 
@@ -69,64 +71,17 @@ def equal_area():
     return norm.cdf(1 / np.sqrt(2 * (1 + 1 + .3**2)))
 
 
-def predictions(n=601, k=4, seed=0):
-    "Probabilities, targets and a source of each row"
-    g = np.random.default_rng(seed)
-    y, source = g.integers(0, k, n), g.integers(0, 3, n)
-    z = g.normal(size=(n, k)) + np.eye(k)[y] * (1 + source[:, None])
-    p = np.exp(z)
-    return p / p.sum(1, keepdims=True), y, source
-
-
-@pytest.mark.slow
-def test_gaps_are_those_of_fairlearn():
-    fl = pytest.importorskip("fairlearn.metrics")
-    from phoenix.evaluate.fairness import fairness
-    p, y, source = predictions()
-    table = fairness(p, y, source, None, list("abcd"), n=20).set_index(["measure", "class"]).gap
-    for i, c in enumerate("abcd"):
-        said = dict(y_true=y == i, y_pred=p.argmax(1) == i, sensitive_features=source)
-        assert abs(fl.demographic_parity_difference(**said) - table["selection rate", c]) < 1e-12
-        assert abs(fl.equalized_odds_difference(**said) - table["equalised odds", c]) < 1e-12
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bins", [10, 15])
-def test_calibration_errors_and_scores_are_those_of_torchmetrics(bins):
-    tm = pytest.importorskip("torchmetrics.functional.classification")
-    import torch
-    from phoenix.evaluate.calibration import ece, mce
-    from phoenix.evaluate.headlines import headlines
-    p, y, _ = predictions()
-    t = torch.tensor(p), torch.tensor(y)
-    for norm, ours in (("l1", ece), ("max", mce)):
-        assert abs(tm.multiclass_calibration_error(*t, 4, n_bins=bins, norm=norm).item() - ours(p, y, bins)) < 1e-6
-    found = headlines(p, y, None, list("abcd"), n=20).set_index(["measure", "class"]).value
-    theirs = dict(macro_f1=tm.multiclass_f1_score, macro_recall=tm.multiclass_recall, macro_auc=tm.multiclass_auroc,
-                  macro_specificity=tm.multiclass_specificity)
-    for name, f in theirs.items(): assert abs(f(*t, num_classes=4, average="macro").item() - found[name, ""]) < 1e-6
-    assert abs(tm.multiclass_matthews_corrcoef(*t, num_classes=4).item() - found["mcc", ""]) < 1e-6
-
-
-NETCAL = {10: (.11746868438565918, .20281519729509623), 15: (.11746868438565918, .3213664433512273)} # netcal 1.4.0: ECE and MCE
-ON_EDGES = {(.6, .65): .525, (.5, .55): .525} # ten bins; torchmetrics has .125 and .025
-
-
-@pytest.mark.parametrize("bins", NETCAL)
-def test_calibration_errors_are_those_of_netcal(bins):
-    "By record, to 1e-12, also where a confidence lies on an edge: bins are closed on the right"
-    from phoenix.evaluate.calibration import ece, mce
-    p, y, _ = predictions()
-    assert (ece(p, y, bins), mce(p, y, bins)) == pytest.approx(NETCAL[bins], abs=1e-12)
-    for sure, golden in ON_EDGES.items():
-        assert ece(np.stack([sure, 1 - np.array(sure)], 1), np.array([0, 1]), 10) == pytest.approx(golden, abs=1e-12)
-
-
 @pytest.mark.slow
 def test_all_headlines_of_ten_thousand_predictions():
-    "2,000 resamples of 10,000 rows of four classes: every headline, whole and per class"
+    "2,000 resamples of 10,000 rows of four classes: every headline, whole and per class, in 10 s of processor time"
     from phoenix.evaluate.calibration import ece_sums
     from phoenix.evaluate.headlines import headlines
-    p, y, _ = predictions(10000)
-    table = headlines(p, y, np.arange(10000) // 8, list("abcd"), more=dict(ece=ece_sums()))
+    from phoenix.evaluate.metrics import softmax
+    g = np.random.default_rng(0)
+    y = g.integers(0, 4, 10000)
+    p, since = softmax(g.normal(size=(10000, 4)) + 1.5 * np.eye(4)[y]), time.process_time()
+    table = headlines(p, y, np.arange(10000) // 8, list("abcd"), n=2000, more=dict(ece=ece_sums()))
+    seconds = time.process_time() - since
+    print(f"{len(table)} headlines took {seconds:.1f} s")
+    assert seconds < 10
     assert len(table) == 28 and table.low.notna().all() and (table.n_groups == 1250).all()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attacks_reference import EPS, margins, small
+from attacks_reference import CW, EPS, margins, small
 from torch.utils.data import DataLoader, TensorDataset
 
 from phoenix.train.adversarial import AdversarialTraining, Adversary
-from phoenix.train.attacks import fgsm, pgd
+from phoenix.train.attacks import carlini_wagner, fgsm, pgd
 from phoenix.train.autoattack import apgd, auto_attack, counted, fab, square
 from phoenix.train.learner import make_learner
 from fastai.callback.core import Callback  # isort: skip
@@ -24,7 +24,8 @@ each_eps = pytest.mark.parametrize("eps", EPS)
 
 
 def test_the_network_is_the_one_of_the_record():
-    assert np.allclose(margins(NET, X, Y), GOLDEN["clean"], atol=1e-5), "other weights or images: the record says nothing about them"
+    for k, golden in ((4, "clean"), (3, "clean_of_3")):
+        assert np.allclose(margins(*small(k)), GOLDEN[golden], atol=1e-5), "other weights or images: the record says nothing about them"
 
 
 @each_eps
@@ -37,11 +38,32 @@ def test_gradient_attacks_equal_torchattacks(name, attack, eps):
     assert np.allclose(margins(NET, attack(eps), Y), GOLDEN[name][str(eps)], atol=2e-5)
 
 
+@pytest.mark.parametrize("c, steps", CW, ids=[f"S2-R16-c-{c}-steps-{n}" for c, n in CW])
+def test_carlini_wagner_finds_the_images_of_torchattacks(c, steps):
+    """One constant at a time, as torchattacks has it: the same images become wrong, at the same distances but for rounding.
+
+    Where torchattacks stops because the cost of the whole batch rises, no image is farther here."""
+    theirs, far = GOLDEN["cw"][f"{c} {steps}"], carlini_wagner(NET, X, Y, c=c, steps=steps, searches=1)[1].numpy()
+    golden = np.array(theirs["far"])
+    assert (np.isfinite(far) == np.isfinite(golden)).all(), "the same images become wrong"
+    assert (far <= golden * (1 + 1e-4) + 2e-6).all()
+    if theirs["whole"]: assert np.allclose(far, golden, rtol=1e-4, atol=2e-6)
+
+
+def test_carlini_wagner_searches_on_from_the_constant_of_torchattacks():
+    "S2-R16: it makes all wrong where the constant makes 17 of 48, none is farther, and half are nearer than with any constant on record"
+    first, near = GOLDEN["cw"]["0.1 200"]["far"], np.min([run["far"] for run in GOLDEN["cw"].values()], axis=0)
+    far = carlini_wagner(NET, X, Y, c=.1, steps=200, searches=5)[1].numpy()
+    assert np.isfinite(first).sum() == 17 and np.isfinite(far).all() and (far <= np.array(first) * (1 + 1e-4) + 2e-6).all()
+    assert np.median(far / near) <= 1 and (far <= 1.1 * near).all()
+
+
 @each_eps
-@pytest.mark.parametrize("loss", ["ce", "dlr"], ids=["S2-R17-ce", "S2-R17-dlr"])
-def test_apgd_withstands_the_same_images_as_the_authors(loss, eps):
-    theirs = np.array(GOLDEN[f"apgd_{loss}"][str(eps)]) > 0
-    ours = np.array(margins(NET, apgd(NET, X, Y, eps=eps, loss=loss), Y)) > 0
+@pytest.mark.parametrize("loss, k", [("ce", 4), ("dlr", 4), ("dlr", 3)], ids=["S2-R17-ce", "S2-R17-dlr", "S2-R17-dlr-of-3"])
+def test_apgd_withstands_the_same_images_as_the_authors(loss, k, eps):
+    net, x, y = small(k)
+    theirs = np.array(GOLDEN[f"apgd_{loss}" + "_of_3" * (k == 3)][str(eps)]) > 0
+    ours = np.array(margins(net, apgd(net, x, y, eps=eps, loss=loss), y)) > 0
     assert (ours == theirs).all(), f"{ours.sum()} images wrong, the authors' code has {theirs.sum()}"
 
 
@@ -62,13 +84,14 @@ def against_the_authors(k, eps, queries):
           f"{ours.passes.backward / theirs['backward']:.3f}")
 
 
-def test_auto_attack_gives_the_verdicts_of_the_authors_for_no_more_passes():
-    "S2-R17, with 100 queries of Square on both sides"
-    against_the_authors(4, .03, 100)
+@pytest.mark.parametrize("k", [4, 3], ids=["S2-R17-4-classes", "S2-R17-3-classes"])
+def test_auto_attack_gives_the_verdicts_of_the_authors_for_no_more_passes(k):
+    "With 100 queries of Square on both sides; of three classes both take the untargeted ratio"
+    against_the_authors(k, .03, 100)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k, eps, queries", [(10, .02, 100), (4, .03, 5000), (4, .01, 5000), (10, .03, 5000)])
+@pytest.mark.parametrize("k, eps, queries", [(10, .02, 100), (4, .03, 5000), (4, .01, 5000), (10, .03, 5000), (3, .02, 5000)])
 def test_auto_attack_in_full_length(k, eps, queries): against_the_authors(k, eps, queries)
 
 

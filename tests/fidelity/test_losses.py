@@ -278,17 +278,6 @@ def test_mixed_labels(cls, kw):
 
 # masks
 
-@pytest.mark.parametrize("channels", [case("mask-sigmoid", 1), case("mask-softmax", 3)])
-def test_masks_equal_monai(channels):
-    monai = pytest.importorskip("monai.losses")
-    z = draw(2, channels, 8, 9).double()
-    y = torch.randint(0, max(channels, 2), (2, 8, 9), generator=torch.Generator().manual_seed(1))
-    kw = dict(sigmoid=True) if channels == 1 else dict(softmax=True, to_onehot_y=True)
-    dice = monai.DiceLoss(smooth_nr=1., smooth_dr=1., **kw)(z, y[:, None])
-    tversky = monai.TverskyLoss(alpha=.3, beta=.7, smooth_nr=1., smooth_dr=1., **kw)(z, y[:, None])
-    assert torch.allclose(Dice()(z, y), dice, atol=1e-12) and torch.allclose(Tversky()(z, y), tversky, atol=1e-12)
-
-
 @pytest.mark.parametrize("cls", [case(f"mask-{c.__name__}", c) for c in (Dice, Tversky, Boundary)])
 def test_mask_reductions_and_limits(cls):
     z, y = draw(3, 2, 6, 6), (draw(3, 6, 6) > 0).long()
