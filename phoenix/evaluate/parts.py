@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from ..data.acquire import Manifest
 from ..data.loaders import neighbours
+from ..data.phantom import CLASSES, phantom_hounsfield, windowed
 from ..data.severity import KINDS, corrupt, severity_keys
 from ..data.splits import Certificate
-from .calibration import brier, ece, ece_sums, fit_calibrator, nll, nll_sums, plot_reliability
+from .calibration import (brier, brier_parts, ece, ece_sums, fit_calibrator, mce, nll, nll_sums,
+                                          plot_reliability, reliability)
 from .explain import check_map, map_names, plot_checks
 from .fairness import fairness, plot_gaps
 from .headlines import headlines, how_drawn
@@ -36,8 +38,8 @@ from .selective import Gate, compare_at_coverage, decide, tune
 from .statistics import Interval, chance_band, paired_difference, plot_intervals
 from .strangers import (features_of, get_acquainted, plot_strangers, stranger_scores, stranger_table,
                                         stranger_threshold)
-from .uncertainty import (coverage_table, entropy, fit_conformal, logits_of, plot_risk_coverage, spread,
-                                          tta)
+from .uncertainty import (aurc_interval, coverage_table, entropy, fit_conformal, logits_of,
+                                          plot_risk_coverage, spread, tta)
 from ..keys import permutation, rng
 from ..models.cam import grad_cam
 from ..models.stability import ssim
@@ -231,16 +233,25 @@ def _calibration_row(name, p, first, subject, n, seed):
     d = paired_difference(p, first, t.targets, t.units, stat=nll_sums(), n=n, seed=seed)
     return row | dict(NLL_change=d.value, change_low=d.low, change_high=d.high)
 
+def _parts_row(name, p, targets):
+    "What the Brier score of one map is made of, and its worst bin with the number of pictures there"
+    parts, bins = brier_parts(p, targets), reliability(p, targets)
+    worst = int(bins.n[(bins.confidence - bins.accuracy).abs().idxmax()])
+    return dict(probabilities=name, MCE=mce(p, targets), **{'pictures there': worst}, Brier=parts.total,
+                reliability=parts.reliability, resolution=parts.resolution, uncertainty=parts.uncertainty,
+                within=parts.within)
+
 # %% ../../nbs/49_evaluate.parts.ipynb #cb76b247
 def trust_section(
     subject:Subject, # network and pictures
     *,
     n:int = 2000, # resamples
     seed:int = 42, # key
-)->Section: # proper scores and calibration errors of each map, reliability before and after
+)->Section: # proper scores, calibration errors and the parts of the Brier score of each map, reliability
     "Whether the stated probabilities can be believed, as trained and after maps fitted on the validation side"
     t, (told, refused) = subject.test, _told(subject)
     table = pd.DataFrame([_calibration_row(k, p, told['as trained'], subject, n, seed) for k, p in told.items()])
+    parts = pd.DataFrame([_parts_row(k, p, t.targets) for k, p in told.items()])
     best = table.probabilities[table.NLL.idxmin()]
     words = [_change(r) for r in table.to_dict('records') if r['probabilities'] != 'as trained']
     shown = dict.fromkeys(['as trained', best if best != 'as trained' else next(iter([*told][1:]), best)])
@@ -249,8 +260,13 @@ def trust_section(
     text = ('Maps are fitted on the validation side alone. ECE over 15 right-closed bins, its interval as above: where '
             'the value lies at an end of it, the error is no larger than chance makes it. ECE mass: bins of equally '
             'many pictures. NLL in nats; Brier summed over classes.')
-    return Section('Calibration before and after', [text, *words], [Table(table, 'Calibration and proper scores')],
-                   figures, warnings=refused, numbers=dict(best=best))
+    made_of = ('Brier score = reliability - resolution + uncertainty + within: how far stated shares are from those '
+               'seen (small is good), how far the bins part from the mean (large is good), what the labels leave open, '
+               'and what a bin hides. MCE is the error of the worst bin; in a bin of few pictures it is luck.')
+    tables = [Table(table, 'Calibration and proper scores'),
+              Table(parts, 'The worst bin, and what the Brier score is made of')]
+    return Section('Calibration before and after', [text, *words, made_of], tables, figures, warnings=refused,
+                   numbers=dict(best=best, parts=parts))
 
 def _change(r):
     "What a map did, as a sentence: a falling NLL is a gain"
@@ -287,6 +303,15 @@ def _sets(subject, alpha, n):
     table = pd.concat(rows, ignore_index=True)
     return table[['kind', *[c for c in table if c != 'kind']]]
 
+def _risk_areas(doubts, wrong, units, n, seed):
+    "Area under each risk-coverage curve, whole and in excess of an oracle's, with intervals by group"
+    rows = []
+    for name, s in doubts.items():
+        a, e = (aurc_interval(s, wrong, units, excess=x, n=n, seed=seed) for x in (False, True))
+        rows.append(dict(score=name, aurc=a.value, aurc_low=a.low, aurc_high=a.high, e_aurc=e.value, e_aurc_low=e.low,
+                         e_aurc_high=e.high, n_groups=a.n_groups))
+    return pd.DataFrame(rows)
+
 def _gate_said(subject, stability, n):
     "Whether stability of the explanation adds to confidence, as a sentence"
     sure = {s: subject.probs(s).max(1) for s in ('valid', 'test')}
@@ -308,7 +333,7 @@ def doubt_section(
     pictures:int = 5000, # most pictures of each side that are asked in six views and under a change
     n:int = 2000, # resamples
     seed:int = 42, # key of the draw of pictures
-)->Section: # coverage by class and source, risk against coverage, and whether stability adds anything
+)->Section: # coverage by class and source, risk against coverage with its area, and whether stability adds anything
     "When an answer is given, and what that is worth"
     table, part = _sets(subject, alpha, n), subject.some(pictures, seed)
     t, probs, seen = part.test, part.probs(), spread(tta(subject.model, part.test.x))
@@ -323,9 +348,19 @@ def doubt_section(
     curve = draw(partial(plot_risk_coverage, doubts, part.wrong), 'Share of answers that are wrong as more is '
                  'answered.', size=(4.6, 3.4))
     asked = f'Views and stability are of {len(t)} test and {len(part.valid)} validation pictures.'
-    return Section('Doubt and abstention', [promise, said, asked], [Table(_sets_shown(table), 'How often the sets '
-                   'hold the truth, and how many classes they name')], [curve],
-                   numbers=dict(gate=gate, said=said, off=float(off), sets=table))
+    areas = _risk_areas(doubts, part.wrong, t.units, n, seed)
+    area = (f'AURC: risk averaged over all coverages, {show(float(part.wrong.mean()))} where a score has no order at '
+            'all. E-AURC: what of it an oracle would spare. Small is good.')
+    tables = [Table(_sets_shown(table), 'How often the sets hold the truth, and how many classes they name'),
+              Table(_areas_shown(areas), 'Area under the curve of risk against coverage')]
+    return Section('Doubt and abstention', [promise, said, asked, area], tables, [curve],
+                   numbers=dict(gate=gate, said=said, off=float(off), sets=table, areas=areas))
+
+def _areas_shown(areas):
+    "Both areas of each score with their intervals"
+    spans = {k: list(map(_span, *(areas[f'{c}{end}'] for end in ('', '_low', '_high'))))
+             for k, c in (('AURC', 'aurc'), ('E-AURC', 'e_aurc'))}
+    return pd.DataFrame({'score': areas.score, **spans, 'groups': areas.n_groups})
 
 def _sets_shown(table):
     "Coverage and size of both kinds of sets, one row for each class and source"
@@ -338,6 +373,13 @@ def _sets_shown(table):
     return made.assign(part=made.part.map(_words))
 
 # %% ../../nbs/49_evaluate.parts.ipynb #8972e43c
+def _ct_like(n, h, w, seed):
+    "Made heads as CT numbers in two windows, each a patient of its own: CT-like, no CT"
+    heads = [phantom_hounsfield(CLASSES[i % 4], 10_000 + i, 1, size=max(h, w, 32), seed=seed) for i in range(n)]
+    seen = {k: torch.from_numpy(np.stack([windowed(s, k) for s in heads]))[:, None]/255 for k in ('brain', 'bone')}
+    return {f'CT-like, {k} window': nn.functional.interpolate(v, (h, w), mode='bilinear', antialias=True).clamp(0, 1)
+            for k, v in seen.items()}
+
 def made_strangers(
     x:Tensor, # `(N,C,H,W)` own test pictures in [0,1]
     *,
@@ -356,7 +398,8 @@ def made_strangers(
     tiles = [tiles[k] for k in g.permutation(16)]
     mixed = torch.cat([torch.cat(tiles[4*r:4*r + 4], 3) for r in range(4)], 2)
     broken = {k: corrupt(x, k, 5, severity_keys(k, list(range(n)), seed)).clamp(0, 1) for k in ('motion', 'noise')}
-    return {'noise alone': noise, 'discs': shapes, 'negatives': 1 - x, 'shuffled tiles': mixed,
+    heads = {k: v.expand(-1, c, -1, -1) for k, v in _ct_like(min(n, 40), h, w, seed).items()}
+    return {'noise alone': noise, 'discs': shapes, **heads, 'negatives': 1 - x, 'shuffled tiles': mixed,
             **{f'{k}, severity 5': v for k, v in broken.items()}}
 
 # %% ../../nbs/49_evaluate.parts.ipynb #4cef7321
@@ -378,7 +421,8 @@ def stranger_section(
         f, z = features_of(net, x.float())
         return stranger_scores(z, f, known)
     own, valid, odd = scored(t.x), scored(part.valid.x), {k: scored(v) for k, v in kinds.items()}
-    groups = {k: t.units for k in odd if len(kinds[k]) == len(t) and k not in (strangers or {})}
+    apart = {*(strangers or {}), 'noise alone', 'discs', *(k for k in odd if k.startswith('CT-like'))}
+    groups = {k: t.units for k in odd if k not in apart}
     table = stranger_table(valid, own, odd, own_groups=t.units, groups=groups, keep=keep, n=n, seed=seed)
     best = table.groupby('score').auroc.mean().idxmax()
     figure = draw(partial(plot_strangers, own[best], {k: v[best] for k, v in odd.items()},

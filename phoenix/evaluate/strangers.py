@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from .calibration import as_probs
-from .metrics import MetricError
-from .statistics import Interval, percentile_interval
+from .metrics import MetricError, auc
+from .statistics import Interval, percentile_interval, smallest_p
 from .tests import delong
 from .uncertainty import entropy, logits_of, weighted_draws
 from ..plots import style
@@ -138,15 +138,19 @@ def fpr95(
     return percentile_interval(value, draws, units, level=level)
 
 # %% ../../nbs/43b_evaluate.strangers.ipynb #f01a02bd
-def _compare(own, strange, threshold, own_groups, strange_groups, n, seed):
-    "One row: area, FPR95 and what passes the threshold"
+def _compare(own, strange, threshold, sides, n, seed):
+    "One row: area, FPR95, both without ends where a side has too few groups for any, and what passes the threshold"
     score, truth = np.r_[own, strange], np.r_[np.zeros(len(own), bool), np.ones(len(strange), bool)]
-    given = (own, own_groups), (strange, strange_groups)
-    sides = [np.arange(len(x)) if g is None else np.asarray(g) for x, g in given]
-    area = delong(score, truth, [f'{k} {v}' for k, g in zip('os', sides) for v in g])
-    f = fpr95(own, strange, own_groups, strange_groups, n=n, seed=seed)
-    return dict(auroc=area.value, auroc_low=area.low, auroc_high=area.high, fpr95=f.value, fpr95_low=f.low,
-                fpr95_high=f.high, let_in=float((strange <= threshold).mean()), alarms=float((own > threshold).mean()))
+    units = [len(set(g.tolist())) for g in sides]
+    if smallest_p(min(units)) >= .05:
+        area, fpr = float(auc(score, truth)), _fpr(own, strange, np.ones((1, len(own))), np.ones((1, len(strange))))[0]
+        a, f = (Interval(v, np.nan, np.nan, units[1]) for v in (area, float(fpr)))
+    else:
+        a = delong(score, truth, [f'{k} {v}' for k, g in zip('os', sides) for v in g])
+        f = fpr95(own, strange, *sides, n=n, seed=seed)
+    return dict(auroc=a.value, auroc_low=a.low, auroc_high=a.high, fpr95=f.value, fpr95_low=f.low, fpr95_high=f.high,
+                let_in=float((strange <= threshold).mean()), alarms=float((own > threshold).mean()), n=len(strange),
+                n_groups=units[1])
 
 def stranger_table(
     valid:Mapping[str, np.ndarray], # name and `(V,)` score of validation pictures: they set the thresholds
@@ -158,16 +162,15 @@ def stranger_table(
     keep:float = .95, # share of own pictures to let in
     n:int = 2000, # resamples
     seed:int = 42, # key
-)->pd.DataFrame: # kind, score, auroc and fpr95 with ends, let_in, alarms, n, n_groups
+)->pd.DataFrame: # kind, score, auroc and fpr95 with ends (nan below six groups), let_in, alarms, n, n_groups
     "Every score against every kind of stranger"
     rows = []
     for kind, scores in strangers.items():
-        who = (groups or {}).get(kind)
         for name in own:
-            at = stranger_threshold(valid[name], keep)
-            m = len(scores[name])
-            rows.append(dict(kind=kind, score=name, **_compare(own[name], scores[name], at, own_groups, who, n, seed),
-                             n=m, n_groups=m if who is None else len(set(np.asarray(who).tolist()))))
+            at, given = stranger_threshold(valid[name], keep), (own_groups, (groups or {}).get(kind))
+            both = own[name], scores[name]
+            sides = [np.arange(len(x)) if g is None else np.asarray(g) for x, g in zip(both, given)]
+            rows.append(dict(kind=kind, score=name, **_compare(*both, at, sides, n, seed)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/43b_evaluate.strangers.ipynb #bdd50c8e
