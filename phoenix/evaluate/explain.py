@@ -7,7 +7,8 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.explain.html.md"""
 # %% auto #0
 __all__ = ['MAPS', 'FILLS', 'ExplainError', 'Attribution', 'integrated_gradients', 'occlusion', 'snake_bend', 'map_names',
            'cascade', 'Randomised', 'randomisation', 'hottest_first', 'Curve', 'removal', 'mean_interval',
-           'deletion_gain', 'box_masks', 'mask_boxes', 'pointing', 'MapCheck', 'check_map', 'plot_checks', 'linear_cka']
+           'deletion_gain', 'box_masks', 'mask_boxes', 'pointing', 'MapCheck', 'check_map', 'plot_checks',
+           'check_segmentation', 'linear_cka']
 
 # %% ../../nbs/45_evaluate.explain.ipynb #e04a8af2
 import copy
@@ -29,7 +30,7 @@ from ..keys import torch_generator
 from ..models.cam import (attention_layers, attention_rollout, class_score, evaluating, grad_cam, normalise_cam,
                                 plot_map, resize_cam)
 from ..models.neurosnake import snake_taps
-from ..models.stability import likeness, spearman, ssim
+from ..models.stability import likeness, segment_maps, segment_stability, spearman, ssim
 from ..settings import PhoenixError, did_you_mean
 
 # %% ../../nbs/45_evaluate.explain.ipynb #d429fee3
@@ -384,6 +385,28 @@ def plot_checks(
         title = f"{c.name}: {len(c.rows)-len(c.failed)} of {len(c.rows)} passed"
         plot_map(image, heat, title=title, stamp=c.stamp, outline=mask, ax=ax)
     return axes
+
+# %% ../../nbs/45_evaluate.explain.ipynb #b2f94a60
+def check_segmentation(
+    model:nn.Module, # a network that segments: logits `(B,K,*s)`, one channel for a class against the rest
+    x:Tensor, # `(B,C,H,W)` in [0, 1]
+    changed:Tensor, # the pictures after a change that should not matter
+    target:int, # class
+    *,
+    where:Tensor|None=None, # `(B,h,w)` bool, pixels that are asked about; those that get the class in `x` if None
+    layer:str|None=None, # path of a module; `bottleneck` if None
+    groups:Sequence|None=None, # patient of each image
+    seed:int=42, # key of draws
+)->MapCheck: # weights, stability of Seg-Grad-CAM, stability of the probabilities
+    "Whether Seg-Grad-CAM and the answer stay, and whether the map is of the weights"
+    s = segment_stability(model, x, changed, target, where=where, layer=layer)
+    asked = segment_maps(model, x, target, where=where, layer=layer).where
+    def explain(net, x, y): return segment_maps(net, x, target, where=asked, layer=layer).cam
+    final = randomisation(model, x, explain, torch.full((len(x),), target), seed=seed, every=False).final
+    kept = np.where(s.constant.cpu(), np.nan, s.cam.cpu())
+    rows = [_row('weights', final, groups, .5, True), _row('stability', kept, groups, .5, False),
+            _row('probability stability', s.probs.cpu().numpy(), groups, .5, False)]
+    return MapCheck('seg-grad-cam', pd.DataFrame(rows), int(s.constant.sum()))
 
 # %% ../../nbs/45_evaluate.explain.ipynb #c57679a0
 def _hsic(k:np.ndarray, l:np.ndarray)->float:
