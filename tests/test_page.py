@@ -101,8 +101,9 @@ def test_a_map_over_http_and_by_the_client(explained):
         assert client.explain(picture())["target"] == max(passed["answer"]["probs"], key=passed["answer"]["probs"].get)
     shown = [Image.open(io.BytesIO(base64.b64decode(x["png"]))) for x in (passed, failed)]
     assert [(i.format, i.size, i.mode) for i in shown] == [("PNG", (448, 448), "RGB")]*2
-    assert passed["stamp"] == "" and [t["passed"] for t in passed["tests"]] == [True]*3 and passed["target"] == "glioma"
-    assert failed["stamp"] == "FAILED: weights" and {t["test"]: t["passed"] for t in failed["tests"]} == {"weights": False, "deletion": True, "stability": True}
+    assert passed["stamp"] == "" and [t["passed"] for t in passed["tests"]] == [True]*4 and passed["target"] == "glioma"
+    assert failed["stamp"] == "FAILED: weights"
+    assert {t["test"]: t["passed"] for t in failed["tests"]} == {"weights": False, "deletion": True, "insertion": True, "stability": True}
     white = [(np.asarray(i)[:60, :300] > 250).all(-1).sum() for i in shown]
     assert white[0] < 20 < 400 < white[1], f"the stamp is written across the failed map, and only there: {white}"
     said = post(explained, path="/v1/explain?map=occlusion&target=glioma")
@@ -134,8 +135,8 @@ def test_the_page_shows_why(browser, explained, server, tmp_path):
         else:
             image = page.locator("section img")
             assert image.evaluate("i => i.complete && i.naturalWidth") == 448 and "heat map of gradcam for " in image.get_attribute("alt")
-            assert "passed its 3 tests" in text or "Do not trust this map" in text and image.get_attribute("alt").count("stamped")
-            assert all(t in text for t in ("weights", "deletion", "stability", "Explanation: gradcam for "))
+            assert "passed its 4 tests" in text or "Do not trust this map" in text and image.get_attribute("alt").count("stamped")
+            assert all(t in text for t in ("weights", "deletion", "insertion", "stability", "Explanation: gradcam for "))
             assert "map" in heard and page.evaluate("document.activeElement.id") == "out"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.close()

@@ -1,4 +1,4 @@
-"""Maps are put to the test before they are shown: weights drawn anew, pixels taken away, known masks, small changes; a map that fails carries its stamp.
+"""Maps are put to the test before they are shown: weights drawn anew, pixels taken away and put back, known masks and boxes, small changes; a map that fails carries its stamp.
 
 Docs: https://phoenix-mri.github.io/phoenix/evaluate.explain.html.md"""
 
@@ -7,7 +7,8 @@ Docs: https://phoenix-mri.github.io/phoenix/evaluate.explain.html.md"""
 # %% auto #0
 __all__ = ['MAPS', 'FILLS', 'ExplainError', 'Attribution', 'integrated_gradients', 'occlusion', 'snake_bend', 'map_names',
            'cascade', 'Randomised', 'randomisation', 'hottest_first', 'Curve', 'removal', 'mean_interval',
-           'deletion_gain', 'box_masks', 'pointing', 'MapCheck', 'check_map', 'plot_checks', 'linear_cka']
+           'deletion_gain', 'box_masks', 'mask_boxes', 'pointing', 'MapCheck', 'check_map', 'plot_checks',
+           'check_segmentation', 'linear_cka']
 
 # %% ../../nbs/45_evaluate.explain.ipynb #e04a8af2
 import copy
@@ -29,7 +30,7 @@ from ..keys import torch_generator
 from ..models.cam import (attention_layers, attention_rollout, class_score, evaluating, grad_cam, normalise_cam,
                                 plot_map, resize_cam)
 from ..models.neurosnake import snake_taps
-from ..models.stability import likeness, spearman, ssim
+from ..models.stability import likeness, segment_maps, segment_stability, spearman, ssim
 from ..settings import PhoenixError, did_you_mean
 
 # %% ../../nbs/45_evaluate.explain.ipynb #d429fee3
@@ -276,6 +277,16 @@ def box_masks(
     x0, y0, x1, y1 = boxes[:,:,None,None].unbind(1)
     return (j>=x0)&(j<x1)&(i>=y0)&(i<y1)
 
+def mask_boxes(
+    masks:Tensor, # `(B,H,W)` bool
+)->Tensor: # `(B,4)` x0, y0, x1, y1, ends outside; four zeros for an empty mask
+    "The smallest box around all of each mask"
+    sides = []
+    for line in (masks.any(1).int(), masks.any(2).int()):
+        first, last = line.argmax(1), line.shape[1]-line.flip(1).argmax(1)
+        sides.append(torch.stack([first, torch.where(line.any(1), last, 0)], 1))
+    return torch.stack(sides, 2).flatten(1)
+
 def pointing(
     heat:Tensor, # `(B,H,W)`
     masks:Tensor, # `(B,H,W)` bool; images with an empty one are left out
@@ -318,6 +329,12 @@ def _row(test:str, values:np.ndarray, groups:Sequence|None, limit:float, below:b
     passed = bool(high<limit if below else low>limit)
     return dict(test=test, value=value, low=low, high=high, limit=limit, passed=passed)
 
+def _pointing_row(test:str, heat:Tensor, masks:Tensor, groups:Sequence|None)->dict:
+    "Hits beyond chance; an empty map hits nothing"
+    p = pointing(heat, masks)
+    own = None if groups is None else np.asarray(groups)[p.image]
+    return _row(test, (p.hit.fillna(0)-p.chance).to_numpy(float), own, 0., False)
+
 # %% ../../nbs/45_evaluate.explain.ipynb #5d8080c2
 def check_map(
     name:str, # a key of `MAPS`, or any name with `explain`
@@ -326,10 +343,11 @@ def check_map(
     target:Tensor|int|None=None, # class of each image; the prediction if None
     *,
     masks:Tensor|None=None, # `(B,H,W)` bool, what should be found
+    boxes:Tensor|None=None, # `(B,4)` x0, y0, x1, y1 around what should be found, as for `box_masks`
     changed:Tensor|None=None, # the pictures after a change that should not matter
     groups:Sequence|None=None, # patient of each image
     explain:Callable|None=None, # `(model, x, target) -> (B,H,W)`; that of `MAPS` if None
-    steps:int=20, # of deletion
+    steps:int=20, # of deletion and of insertion
     seed:int=42, # key of draws
 )->MapCheck: # all tests that can be made
     "Every test of one kind of map"
@@ -341,11 +359,10 @@ def check_map(
     final = randomisation(model, x, explain, y, seed=seed, every=False).final
     gain = deletion_gain(model, x, heat, y, steps=steps, seed=seed)
     rows = [_row('weights', final, groups, .5, True),
-            _row('deletion', (gain.deletion-gain.deletion_random).to_numpy(), groups, 0., True)]
-    if masks is not None:
-        p = pointing(heat, masks)
-        own = None if groups is None else np.asarray(groups)[p.image]
-        rows.append(_row('pointing', (p.hit.fillna(0)-p.chance).to_numpy(float), own, 0., False))
+            _row('deletion', (gain.deletion-gain.deletion_random).to_numpy(), groups, 0., True),
+            _row('insertion', (gain.insertion-gain.insertion_random).to_numpy(), groups, 0., False)]
+    if masks is not None: rows.append(_pointing_row('pointing', heat, masks, groups))
+    if boxes is not None: rows.append(_pointing_row('pointing box', heat, box_masks(boxes, x.shape[2:]), groups))
     if changed is not None:
         rows.append(_row('stability', ssim(heat, explain(model, changed, y)).numpy(), groups, .5, False))
     return MapCheck(name, pd.DataFrame(rows), int((heat.flatten(1).amax(1)==0).sum()))
@@ -369,6 +386,28 @@ def plot_checks(
         title = f"{c.name}: {len(c.rows)-len(c.failed)} of {len(c.rows)} passed"
         plot_map(image, heat, title=title, stamp=c.stamp, outline=mask, ax=ax)
     return axes
+
+# %% ../../nbs/45_evaluate.explain.ipynb #b2f94a60
+def check_segmentation(
+    model:nn.Module, # a network that segments: logits `(B,K,*s)`, one channel for a class against the rest
+    x:Tensor, # `(B,C,H,W)` in [0, 1]
+    changed:Tensor, # the pictures after a change that should not matter
+    target:int, # class
+    *,
+    where:Tensor|None=None, # `(B,h,w)` bool, pixels that are asked about; those that get the class in `x` if None
+    layer:str|None=None, # path of a module; `bottleneck` if None
+    groups:Sequence|None=None, # patient of each image
+    seed:int=42, # key of draws
+)->MapCheck: # weights, stability of Seg-Grad-CAM, stability of the probabilities
+    "Whether Seg-Grad-CAM and the answer stay, and whether the map is of the weights"
+    s = segment_stability(model, x, changed, target, where=where, layer=layer)
+    asked = segment_maps(model, x, target, where=where, layer=layer).where
+    def explain(net, x, y): return segment_maps(net, x, target, where=asked, layer=layer).cam
+    final = randomisation(model, x, explain, torch.full((len(x),), target), seed=seed, every=False).final
+    kept = np.where(s.constant.cpu(), np.nan, s.cam.cpu())
+    rows = [_row('weights', final, groups, .5, True), _row('stability', kept, groups, .5, False),
+            _row('probability stability', s.probs.cpu().numpy(), groups, .5, False)]
+    return MapCheck('seg-grad-cam', pd.DataFrame(rows), int(s.constant.sum()))
 
 # %% ../../nbs/45_evaluate.explain.ipynb #c57679a0
 def _hsic(k:np.ndarray, l:np.ndarray)->float:

@@ -139,7 +139,7 @@ class Effort:
     doubted:int = 5000 # pictures of each side that are asked in six views and under a change
     strange:int = 400 # pictures of each side that strangers are told from
     maps:tuple[str, ...]|None = None # kinds; None: all
-    steps:int = 20 # of deletion
+    steps:int = 20 # of deletion and of insertion
 
 EFFORTS = dict(full=Effort(),
                quick=Effort(2000, 'pgd', dict(steps=10, restarts=1, checks=16, queries=100), (1/255, 4/255), (1, 3, 5),

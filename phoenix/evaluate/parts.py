@@ -522,7 +522,7 @@ def explanation_section(
     maps:Sequence[str]|None = None, # keys of `MAPS`; None: all that the network can give
     pictures:int = 24, # test pictures that are explained, drawn by key
     masks:Callable|None = None, # path → `(H,W)` bool of what should be found, at the network's size
-    steps:int = 20, # of deletion
+    steps:int = 20, # of deletion and of insertion
     seed:int = 42, # key
 )->Section: # each map's tests, and one picture under each with its stamp
     "Whether heat maps show what the network does"
@@ -545,7 +545,8 @@ def explanation_section(
                    numbers=dict(passed=passed, tried=[c.name for c in checks], checks=table[columns]))
 
 _TESTS = dict(weights='likeness after the weights are random, must end below',
-              deletion='deletion against chance, must end below', pointing='hits beyond chance, must begin above',
+              deletion='deletion against chance, must end below',
+              insertion='insertion against chance, must begin above', pointing='hits beyond chance, must begin above',
               stability='likeness after a change of 2/255, must begin above')
 
 def _checks_shown(table):

@@ -1,4 +1,4 @@
-"""How alike two explanations are: SSIM that can be trained, and five more measures that say when they cannot be taken.
+"""How alike two explanations are: SSIM that can be trained, five more measures that say when they cannot be taken, and what is compared where each pixel has a class.
 
 Docs: https://phoenix-mri.github.io/phoenix/models.stability.html.md"""
 
@@ -6,7 +6,8 @@ Docs: https://phoenix-mri.github.io/phoenix/models.stability.html.md"""
 
 # %% auto #0
 __all__ = ['MS_WEIGHTS', 'MEASURES', 'StabilityError', 'ssim', 'ms_ssim', 'spearman', 'normalised_l2', 'cosine', 'topk_iou',
-           'Likeness', 'likeness']
+           'Likeness', 'likeness', 'bottleneck', 'segmented', 'SegmentMaps', 'segment_maps', 'SegmentStability',
+           'segment_stability']
 
 # %% ../../nbs/26b_models.stability.ipynb #1f11c294
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
-from torch import Tensor
+from torch import Tensor, nn
 
+from .cam import CAMS, FeatureTap, drawn_cam, evaluating, layer_gradient, resize_cam
 from ..settings import PhoenixError
 
 # %% ../../nbs/26b_models.stability.ipynb #f3e65eec
@@ -138,3 +140,86 @@ def likeness(
 )->Likeness: # of each pair
     "Every measure of two batches of maps"
     with torch.no_grad(): return Likeness(pd.DataFrame({n:f(a, b).double().cpu().numpy() for n,f in MEASURES.items()}))
+
+# %% ../../nbs/26b_models.stability.ipynb #91a7c3e0
+def bottleneck(
+    model:nn.Module, # a network that segments
+    x:Tensor, # `(B,C,*S)` in [0, 1]; the first image is looked at
+)->str: # path of a module
+    "The last layer with the fewest places, more than one of them: where the way down ends"
+    with FeatureTap(model) as tap, torch.no_grad(), evaluating(model): model(x[:1])
+    places = {n:o[0,0].numel() for n,o in tap.maps.items() if isinstance(o, Tensor) and o.ndim==x.ndim}
+    few = min((p for p in places.values() if p>1), default=x[0,0].numel())
+    if few>=x[0,0].numel():
+        raise StabilityError(f"layer must be named for a {type(model).__name__}, which has none that is smaller than "
+                             "the picture: see named_modules().")
+    return [n for n,p in places.items() if p==few][-1]
+
+# %% ../../nbs/26b_models.stability.ipynb #b05f28d9
+def _dense(logits:object, x:Tensor, target:int)->Tensor:
+    "Logits of every pixel"
+    if not isinstance(logits, Tensor) or logits.ndim!=x.ndim:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f'a {type(logits).__name__}'
+        raise StabilityError(f"a network that segments must give logits `(B,K,*S)`, got {got}: wrap it.")
+    if not 0<=target<logits.shape[1]:
+        raise StabilityError(f"target must lie in 0…{logits.shape[1]-1}, got {target}: correct it.")
+    return logits
+
+def segmented(
+    logits:Tensor, # `(B,K,*S)`; one channel is a class against the rest
+    target:int, # class
+)->tuple[Tensor,Tensor]: # its probability at each pixel, and the pixels that get it, `(B,*S)` each
+    "What a network says of each pixel"
+    if logits.shape[1]==1: return logits[:,0].sigmoid(), logits[:,0]>0
+    return logits.softmax(1)[:,target], logits.argmax(1)==target
+
+# %% ../../nbs/26b_models.stability.ipynb #6e8b1d54
+@dataclass(frozen=True)
+class SegmentMaps:
+    "What stands for a class activation map where each pixel has a class"
+    probs:Tensor # `(B,*S)`, probability of the class
+    cam:Tensor # `(B,*S)` in [0, 1], Seg-Grad-CAM; all 0 where no pixel is asked about
+    where:Tensor # `(B,*s)` bool, the pixels whose logits were added up
+
+def segment_maps(
+    model:nn.Module, # a network that segments: logits `(B,K,*s)`, one channel for a class against the rest
+    x:Tensor, # `(B,C,*S)` in [0, 1]
+    target:int, # class
+    *,
+    where:Tensor|None=None, # `(B,*s)` bool, pixels that are asked about; those that get the class if None
+    layer:str|None=None, # path of a module; `bottleneck` if None
+    create_graph:bool=False, # both maps can be differentiated with respect to pixels and weights
+)->SegmentMaps: # of each image
+    "Probability and Seg-Grad-CAM of a class, Eq. 2 of Vinogradova et al. (2020)"
+    asked = lambda z: segmented(z, target)[1] if where is None else where
+    score = lambda z: (_dense(z, x, target)[:,target]*asked(z)).flatten(1).sum(1)
+    g = layer_gradient(model, x, score, layer=layer or bottleneck(model, x), create_graph=create_graph)
+    probs = resize_cam(segmented(g.logits, target)[0], x.shape[2:])
+    return SegmentMaps(probs, drawn_cam(CAMS['gradcam'](g.maps, g.grads), x.shape[2:]), asked(g.logits))
+
+# %% ../../nbs/26b_models.stability.ipynb #48d7e0a1
+@dataclass(frozen=True)
+class SegmentStability:
+    "SSIM of the maps of a picture and of the same picture changed"
+    probs:Tensor # `(B,)`, of the probability maps
+    cam:Tensor # `(B,)`, of Seg-Grad-CAM
+    constant:Tensor # `(B,)` bool, whether the first Seg-Grad-CAM is the same everywhere: its SSIM says nothing
+
+def segment_stability(
+    model:nn.Module, # a network that segments, see `segment_maps`
+    x:Tensor, # `(B,C,H,W)` in [0, 1]
+    changed:Tensor, # the same pictures after a change that should not matter
+    target:int, # class
+    *,
+    where:Tensor|None=None, # `(B,h,w)` bool, pixels that are asked about; those that get the class in `x` if None
+    layer:str|None=None, # path of a module; `bottleneck` if None
+    create_graph:bool=False, # both can be part of a loss
+)->SegmentStability: # of each image
+    "Whether the answer of a network that segments stays, and what it is made of"
+    if x.ndim!=4 or x.shape!=changed.shape:
+        raise StabilityError(f"pictures must be `(B,C,H,W)` of one shape, got {tuple(x.shape)} and "
+                             f"{tuple(changed.shape)}: give the slices of a volume one by one.")
+    layer = layer or bottleneck(model, x)
+    a = segment_maps(model, x, target, where=where, layer=layer, create_graph=create_graph)
+    b = segment_maps(model, changed, target, where=a.where, layer=layer, create_graph=create_graph)
+    return SegmentStability(ssim(a.probs, b.probs), ssim(a.cam, b.cam), _constant(a.cam))

@@ -7,9 +7,10 @@ from torch import nn
 
 from phoenix.data.concepts import ARTEFACT_CONCEPTS, ConceptRules
 from phoenix.evaluate.explain import MAPS, linear_cka, map_names, removal
-from phoenix.models.cam import CAMS, FeatureTap, attention_layers, grad_cam, rollout, signed_cam
+from phoenix.models.cam import CAMS, FeatureTap, attention_layers, drawn_cam, grad_cam, rollout, signed_cam
 from phoenix.models.concepts import concept_hinge, soft_tcav
-from phoenix.models.stability import cosine, likeness, ms_ssim, normalised_l2, spearman, ssim, topk_iou
+from phoenix.models.stability import (bottleneck, cosine, likeness, ms_ssim, normalised_l2, segment_maps, segment_stability, spearman, ssim,
+                                      topk_iou)
 from phoenix.models.zoo import create_model
 from phoenix.train.attacks import kl
 from phoenix.train.triobjective import PARTS, Shares, TriObjective, total_loss
@@ -149,6 +150,93 @@ def test_normalised_l2_golden(value):
 def test_ms_ssim_of_opposites_is_a_number(size):
     a = draw(2, size, size)
     assert torch.equal(ms_ssim(a, 1 - a), torch.zeros(2))
+
+
+# networks that segment: the probability map and Seg-Grad-CAM on the bottleneck stand for the class activation map
+
+class Halved(nn.Module):
+    "Set by hand: the mean of two by two pixels and a half minus it, a ReLU on the way up, two classes"
+    def __init__(self):
+        super().__init__()
+        self.down, self.head = nn.Conv2d(1, 2, 2, 2), nn.Conv2d(2, 2, 1)
+        self.down.weight.data = torch.tensor([.25, -.25]).view(2, 1, 1, 1).repeat(1, 1, 2, 2)
+        self.down.bias.data, self.head.bias.data = torch.tensor([0, .5]), torch.tensor([.7, 0])
+        self.head.weight.data = torch.tensor([[0., 0.], [3., 1.]]).view(2, 2, 1, 1)
+
+    def forward(self, x): return self.head(F.interpolate(self.down(x), scale_factor=2.).relu())
+
+
+class Ladder(nn.Module):
+    "One step down, one up, one shortcut"
+    def __init__(self):
+        super().__init__()
+        self.first, self.deep, self.head = nn.Conv2d(1, 4, 3, 1, 1), nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(12, 3, 3, 1, 1)
+
+    def forward(self, x):
+        a = self.first(x).relu()
+        return self.head(torch.cat([F.interpolate(self.deep(a).relu(), scale_factor=2.), a], 1))
+
+
+def ladder():
+    torch.manual_seed(0)
+    return Ladder()
+
+
+@pytest.mark.parametrize("where, cam", [case("S2-R29-predicted-pixels", None, [[5.5, .5], [1.5, .5]]),
+                                        case("S2-R29-all-pixels", torch.ones(1, 4, 4).bool(), [[4.5, 1.5], [2.1, 1.5]])])
+def test_maps_of_a_network_that_segments_by_hand(where, cam):
+    net, x = Halved(), F.interpolate(torch.tensor([[[[1., 0.], [.2, 0.]]]]), scale_factor=2.)
+    found = segment_maps(net, x, 1, where=where)
+    assert bottleneck(net, x) == "down" and bottleneck(nn.Sequential(net, nn.AdaptiveAvgPool2d(1)), x) == "0.down"
+    assert torch.allclose(found.cam, drawn_cam(torch.tensor([cam]), (4, 4)), atol=1e-6)
+    assert found.probs[0, ::2, ::2].flatten().tolist() == pytest.approx(torch.tensor([2.3, -.2, .2, -.2]).sigmoid().tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [case("S2-R29-probability-golden", .944261)])
+def test_stability_of_a_probability_map(value):
+    "Of 0.908877 and 0.645656 everywhere, SSIM is its first factor"
+    found = segment_stability(Halved(), torch.ones(1, 1, 12, 12), torch.full((1, 1, 12, 12), .4), 1)
+    assert found.probs.item() == pytest.approx(value, abs=1e-6) and found.constant.item()
+
+
+@pytest.mark.parametrize("target", [case(f"S2-R29-captum-{k}", k) for k in range(3)])
+def test_seg_grad_cam_equals_captum(target):
+    from captum.attr import LayerGradCam
+    net, x = ladder(), draw(2, 1, 16, 16)
+    where = draw(2, 16, 16, seed=1) > .5
+    theirs = LayerGradCam(lambda z: (net(z)[:, target]*where).flatten(1).sum(1), net.deep).attribute(x, relu_attributions=True)[:, 0]
+    assert torch.allclose(segment_maps(net, x, target, where=where).cam, drawn_cam(theirs.detach(), (16, 16)), atol=1e-5) and theirs.any()
+
+
+@pytest.mark.parametrize("part", [case(f"S2-R29-loss-{p}", p) for p in ("probs", "cam")])
+def test_stability_of_a_segmentation_is_a_loss(part):
+    net, x, where = ladder(), draw(2, 1, 16, 16), torch.ones(2, 16, 16).bool()
+    near = (x + .2*draw(2, 1, 16, 16, seed=1)).clamp(0, 1)
+    assert torch.allclose(getattr(segment_stability(net, x, x, 1, where=where), part), torch.ones(2), atol=1e-5)
+    found = segment_stability(net, x, near, 1, where=where, create_graph=True)
+    assert not found.constant.any() and (getattr(found, part) < .999).all()
+    slope, = torch.autograd.grad((1 - getattr(found, part)).sum(), net.first.weight)
+    assert slope.isfinite().all() and slope.abs().max() > 0 and net.first.weight.grad is None
+
+
+@pytest.mark.parametrize("target", [case("S2-R29-one-question", 0)])
+def test_both_pictures_are_asked_about_the_same_pixels(target):
+    net, x, other = ladder(), draw(2, 1, 16, 16), draw(2, 1, 16, 16, seed=1)
+    first, own = segment_maps(net, x, target), segment_maps(net, other, target)
+    asked = segment_maps(net, other, target, where=first.where)
+    found = segment_stability(net, x, other, target)
+    assert torch.equal(found.cam, ssim(first.cam, asked.cam)) and torch.equal(found.probs, ssim(first.probs, own.probs))
+    assert not torch.allclose(found.cam, ssim(first.cam, own.cam)), "the changed picture does not choose the pixels"
+
+
+@pytest.mark.parametrize("dims", [case(f"S2-R29-monai-{d}d", d) for d in (2, 3)])
+def test_seg_grad_cam_of_a_network_of_monai(dims):
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(0)
+    net, x = nets.BasicUNet(dims, 1, 2, features=(4, 4, 8, 8, 16, 4)).eval(), draw(2, 1, *[32]*dims)
+    found = segment_maps(net, x, 1)
+    assert bottleneck(net, x) == "down_4" and found.cam.shape == found.probs.shape == (2, *[32]*dims)
+    assert torch.allclose(found.probs, net(x).softmax(1)[:, 1]) and 0 <= found.cam.min() and found.cam.max() <= 1
 
 
 # faithfulness
