@@ -129,8 +129,8 @@ def _cnn_options(name, options):
     known = list(inspect.signature(BaselineCNN).parameters)[2:]
     for k in options:
         if k not in known:
-            raise PhoenixError(f"options of {name} must be among {', '.join(known)}, got {k!r}{did_you_mean(k, known)}: "
-                               "correct it.")
+            raise PhoenixError(f"options of {name} must be among {', '.join(known)}, got {k!r}"
+                               f"{did_you_mean(k, known)}: correct it.")
     return {'widths':CNNS[name], **options}
 
 

@@ -285,7 +285,8 @@ def label_loss(
 )->nn.Module: # a loss on logits
     "The loss of several labels by name, with weights of present labels from the training images alone"
     if name not in ('cross_entropy', 'focal'):
-        raise LossError(f"the loss {name!r} needs one class a picture, this set has several labels: take 'cross_entropy'")
+        raise LossError(f"the loss {name!r} needs one class a picture, this set has several labels: take "
+                        "'cross_entropy'")
     present = pos_weights(targets) if weights == 'balanced' else None
     if name == 'cross_entropy': return BinaryCrossEntropy(label_smoothing, pos_weight=present)
     return BinaryFocal(alpha=.25 if present is None else present/(1 + present), label_smoothing=label_smoothing)
