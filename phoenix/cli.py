@@ -381,12 +381,13 @@ def training(
     seconds:float=0., # training budget in seconds; 0 = none
     size:int=0, # side of the network's input, pixels; the setting when 0
     slices:int=1, # neighbouring slices of a volume as channels (2.5D), odd
-    seed:int=42, # root of all randomness
+    seed:int|None=None, # root of all randomness; the setting when not given
     batch_size:str="", # pictures per batch, or 'auto': the most whose step fits into memory; the setting when empty
     accumulate:int=1, # batches that make one step
-    loss:str="cross_entropy", # or 'focal'
+    loss:str="cross_entropy", # or 'focal', 'calibration'
     weights:str="none", # 'balanced': classes weigh in inverse proportion to their counts
-    opt:str="adan", # or 'adamw', 'sgd'
+    balanced:bool=False, # draw each class equally often in training
+    opt:str="adan", # or 'adamw', 'sgd', 'adan_compiled'
     schedule:str="", # of the rate: 'cosine', 'one_cycle', 'plateau', 'hold'; 'hold' for swa, else 'cosine', when empty
     average:str="none", # mean of the weights that is validated and kept: 'ema' of all steps, 'swa' of the last epochs
     ema_decay:float=.999, # share of the mean that a step leaves
@@ -396,8 +397,9 @@ def training(
     sam:float=0., # distance of sharpness-aware steps, 0.05 is usual; 0 = none
 )->tuple: # settings with what was typed over them, and options of `train_classifier`
     "What every command that trains can be told about a training"
-    how = dict(slices=slices, accumulate=accumulate, loss=loss, weights=weights, opt=opt, schedule=schedule or None,
-               average=average, ema_decay=ema_decay, swa_start=swa_start, precision=precision, mixing=mixing, sam=sam)
+    how = dict(slices=slices, accumulate=accumulate, loss=loss, weights=weights, balanced=balanced, opt=opt,
+               schedule=schedule or None, average=average, ema_decay=ema_decay, swa_start=swa_start,
+               precision=precision, mixing=mixing, sam=sam)
     if batch_size: how["batch_size"] = _batch_size(batch_size)
     s = _settings(model=model, epochs=epochs, seconds=seconds, size=size, seed=seed)
     return s, how
@@ -504,7 +506,8 @@ def _recipe(s):
     set_threads(s.threads)
     return dict(model=s.model, preprocess=Preprocess(size=(s.size, s.size)), augment=Augment.default(side=s.size),
                 epochs=s.epochs, seed=s.seed, batch_size=s.batch_size, lr=s.lr, weight_decay=s.weight_decay,
-                warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta, cache_dir=s.cache_dir)
+                warmup_epochs=s.warmup_epochs, patience=s.patience, min_delta=s.min_delta, clip_norm=s.clip_norm,
+                label_smoothing=s.label_smoothing, cache_dir=s.cache_dir)
 
 # %% ../nbs/91_cli.ipynb #fd85d9a9
 def _look(cert, manifest, rows, probs, classes, why, **how):
@@ -666,8 +669,8 @@ def _inside(folder, certificate, n, seed):
 
 # %% ../nbs/91_cli.ipynb #0c6e0d29
 def _settings(**typed):
-    "Settings, with those that were typed"
-    return load_settings(**{k: v for k, v in typed.items() if v})
+    "Settings, with those that were typed; a seed of 0 is one"
+    return load_settings(**{k: v for k, v in typed.items() if v or k == "seed" and v is not None})
 
 # %% ../nbs/91_cli.ipynb #3fa9d517
 @command(app, "folds", "phoenix folds data/raw/phantom split.json --folds 4 --epochs 5")
@@ -816,7 +819,7 @@ def parameter_search(
     model:str="", # network; the setting `model` when empty
     epochs:int=0, # epochs of each training; the setting when 0
     size:int=0, # side of the network's input, pixels; the setting when 0
-    seed:int=42, # root of all randomness
+    seed:int|None=None, # root of all randomness; the setting when not given
     experiment:str="", # experiment that the parameter file is for; any when empty
 )->Reply: # the best trial or the front, and the parameter files for `phoenix run -f`
     "Search for parameters inside the training and validation sides of a split"

@@ -48,16 +48,23 @@ def test_single_precision(data, opt, eps):
     Two halves are summed in another order than one whole: the first gradient, up to 3.4, differs by up to 2e-4, and one
     weight in eight has a gradient below 1e-6. SGD steps by the gradient, so nothing comes of it. Adan divides each
     gradient by its own size: where that is rounding, rounding decides the whole step. An epsilon above the rounding
-    takes that away, and the weights agree again. Running variances of six values have rounding of their own."""
+    takes that away, and the weights agree again. Running variances of six values have rounding of their own.
+
+    Without it the weights part by up to the length of all steps, and the training loss says whether it is still the same
+    training: that of the first epoch is 7e-6 apart at most. It is .003 where each process weighs classes by its own share,
+    .008 where each normalises by its own share, .014 where gradients are not averaged."""
     (folder, data), name = data, f"{opt}-{eps}"
     one = alone(job(folder, f"f1-{name}", data, opt=opt, lr=1e-3), torch.float32, eps)
     two = together(job(folder, f"f2-{name}", data, opt=opt, lr=1e-3), dtype=torch.float32, eps=eps)[0]
     learnt = [{k: v for k, v in w.items() if "running" not in k} for w in (one, two)]
     whole, *shares = (torch.load(folder/f) for f in (f"f1-{name}/gradient0.pt", f"f2-{name}/gradient0.pt",
                                                      f"f2-{name}/gradient1.pt"))
-    print("float32", name, furthest(*learnt), "with statistics", furthest(one, two))
+    rows = [read_checkpoint(folder/f"{n}-{name}/run/checkpoints/last.safetensors").state["rows"] for n in ("f1", "f2")]
+    apart = [abs(a["train_loss"] - b["train_loss"]) for a, b in zip(*rows)]
+    print("float32", name, furthest(*learnt), "with statistics", furthest(one, two), "training losses", apart)
     assert torch.equal(*shares) and (whole - shares[0]).abs().max() < 1e-4*whole.abs().max()
-    assert furthest(*learnt) < (1e-5 if opt == "sgd" or eps else 2*1e-3*2*3), "by default at most the length of all steps"
+    assert apart[0] < 3e-4 and apart[1] < .01
+    if opt == "sgd" or eps: assert furthest(*learnt) < 1e-5
 
 
 @slow

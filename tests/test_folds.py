@@ -18,7 +18,7 @@ from phoenix.data.preprocess import Preprocess
 from phoenix.train.ensembles import train_members
 from phoenix.train.folds import FoldError, cross_validate, fold_certificates
 from phoenix.train.learner import TrainError, train_classifier
-from phoenix.train.search import fold_evaluator, search, trial_table
+from phoenix.train.search import fold_evaluator, nested_search, open_study, search, trial_table
 
 MODEL = dict(model="neurosnake_tiny_none", preprocess=Preprocess(size=(32, 32)), epochs=3, batch_size=6, lr=4e-3, warmup_epochs=1,
              progress=False)
@@ -221,6 +221,37 @@ def test_a_killed_trial_goes_on_at_its_fold(data, tmp_path):
     again = search(tmp_path/"killed", fold_evaluator(manifest, certificates, **how), steps=3, trials=2, space=space)
     assert (tmp_path/"killed/trial0001/fold0/out_of_fold.csv").stat().st_mtime_ns == first
     assert [(t.params, t.values) for t in again.trials if t.state.name == "COMPLETE"] == [(t.params, t.values) for t in whole.trials]
+
+
+@pytest.mark.slow
+def test_a_killed_nested_search_is_the_one_that_never_stopped(data, tmp_path):
+    "Two outer folds of three trials, killed in the second one's search and resumed; summed up over the outer folds, by group"
+    from phoenix.evaluate.folds import summarise_folds
+    manifest, certificates, job = data
+    space = dict(lr=FloatDistribution(1e-3, 1e-2, log=True), label_smoothing=FloatDistribution(0, .2))
+    how = {k: v for k, v in job.items() if k != "lr"} | dict(epochs=1, batch_size=4, warmup_epochs=0, space=space, inner=3, trials=3)
+    def go(place): return nested_search(manifest, certificates[:2], tmp_path/place, **how)
+    whole = go("whole")
+
+    def work():
+        kill_when(lambda: (tmp_path/"killed/outer1/trial0001/fold0/out_of_fold.csv").exists())
+        go("killed")
+    assert ended(forked(work)) == -signal.SIGKILL
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/"killed").rglob("out_of_fold.csv")}
+    assert len(before) == 3*3 + 1 + 4, "the whole first outer fold, and four inner folds of the second one's search"
+    again = go("killed")
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "what was done is not done again"
+    assert len(again.chosen) == 2 and (again.chosen, again.values) == (whole.chosen, whole.values)
+    pd.testing.assert_frame_equal(again.predictions.table, whole.predictions.table)
+    for k, chosen in enumerate(again.chosen):
+        study = open_study(tmp_path/f"killed/outer{k}", space=space, about=dict(outer=certificates[k].sha256))
+        tried = [(t.values[0], t.params) for t in study.trials if t.values]
+        assert len(tried) == 3 and chosen == max(tried, key=lambda t: t[0])[1]
+    found = summarise_folds(again.predictions, n=200)
+    assert found.values == pytest.approx(again.values) and found.mean == pytest.approx(sum(again.values)/2)
+    assert found.spread == pytest.approx(abs(again.values[0] - again.values[1])/2**.5)
+    assert found.interval.low <= found.interval.value <= found.interval.high
+    assert found.interval.n_groups == len(set(again.predictions.groups)) >= 12
 
 
 @pytest.mark.slow

@@ -148,7 +148,8 @@ def test_the_zoo_is_whole():
     assert len(set(model_names())) == 54 + len(CNNS) + len(ZOO)
 
 
-def test_a_compiled_snake_is_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_snake_is_the_plain_one(backend, monkeypatch):
     "torch.compile takes plain indexing, in one graph: values and all gradients to 1e-5, and the fast rows are not entered"
     from phoenix.models.snake import FORMULATIONS, DynamicSnakeConv
     with seeded(0): layer, x = DynamicSnakeConv(4, 6, 5), torch.randn(2, 4, 9, 7)
@@ -162,5 +163,5 @@ def test_a_compiled_snake_is_the_plain_one(monkeypatch):
     want = told(layer)
     torch.compiler.reset()
     monkeypatch.setitem(FORMULATIONS, "rows", None)
-    for a, b in zip(want, told(torch.compile(layer, backend="eager", fullgraph=True))):
+    for a, b in zip(want, told(torch.compile(layer, backend=backend, fullgraph=True))):
         assert (a - b).abs().max() <= 1e-5*max(1, a.abs().max())

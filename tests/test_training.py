@@ -55,6 +55,53 @@ def test_a_full_disk_in_training(limit, tmp_path, straight):
     assert run("full_disk_in_training", tmp_path, limit) == straight
 
 
+@pytest.mark.parametrize("code, room", [("ENOSPC", "MB are free"), ("EDQUOT", "your quota leaves less")])
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_a_full_disk_by_the_name_the_system_gives_it(where, code, room, tmp_path, monkeypatch):
+    "No space or no quota, told by the write or only by the sync: both generations stay whole, and the resumed bytes are the same"
+    import errno
+    import re
+    from fastai.callback.core import Callback
+    from phoenix.train import checkpoints
+    from phoenix.train.checkpoints import CheckpointError, previous_generation, read_checkpoint
+    from phoenix.train.learner import fit
+    number, sync, written, synced = getattr(errno, code), os.fsync, [], []
+
+    class Full:
+        "A checkpoint's file on a disk that is full after half of it, or that says so at the sync"
+        def __init__(self, *args): self.file = open(*args)
+        def __enter__(self): return self
+        def __exit__(self, *error): self.file.close()
+        def __getattr__(self, name): return getattr(self.file, name)
+
+        def write(self, raw):
+            written.append(self.file.write(raw if where == "fsync" else raw[:len(raw) // 2]))
+            if where == "write": raise OSError(number, os.strerror(number))
+            synced.append(self.file.fileno())
+
+    def refuse(fd):
+        if fd in synced: raise OSError(number, os.strerror(number))
+        sync(fd)
+
+    class Fill(Callback):
+        def before_epoch(self):
+            if self.epoch != 3: return
+            monkeypatch.setattr(checkpoints, "open", Full, raising=False)
+            monkeypatch.setattr(os, "fsync", refuse)
+    whole, first, second = (toy(p, average="ema", ema_decay=.9) for p in (None, tmp_path, tmp_path))
+    straight = everything(whole, fit(whole, 6, lr=.01, progress=False))
+    first.add_cb(Fill())
+    with pytest.raises(CheckpointError) as e: fit(first, 6, lr=.01, progress=False)
+    monkeypatch.undo()
+    assert len(written) == 1 and written[0] > 1000, "a part was written before the refusal"
+    assert re.search(rf"last.safetensors could not be written \({os.strerror(number)}\): it needs \d+\.\d MB, and .*{room}; make "
+                     "room and start again with resume, the last good checkpoint is still there", str(e.value)), e.value
+    last = tmp_path/"checkpoints/last.safetensors"
+    assert [read_checkpoint(p).state["epoch"] for p in (last, previous_generation(last))] == [3, 2]
+    assert not list(last.parent.glob(".*")), "nothing half written is left"
+    assert everything(second, fit(second, 6, lr=.01, resume=True, progress=False)) == straight
+
+
 def test_seeds_give_the_same_bytes_in_a_fresh_process(straight, tmp_path):
     "Whatever hash seed, run folder or earlier draws; and in this process too"
     from phoenix.train.learner import fit
@@ -103,12 +150,15 @@ def test_kill_points_of_options(name, tmp_path):
     assert run("kills", tmp_path, 14, 0, 5, name, timeout=3000)[:2] == ["killed", "14"]
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS))
+@pytest.mark.parametrize("name", [*sorted(OPTIONS), pytest.param("compiled", marks=pytest.mark.slow)])
 def test_options_resume_to_the_same_bytes(name, tmp_path):
-    "Broken off in training and in validation, and asked to end in a validation, where an equal mean has its point already"
+    """Broken off in training and in validation, and asked to end in a validation, where an equal mean has its point already
+
+    Adan's compiled step is chosen by name, takes its steps, and the run tells it from the other."""
     from fastai.callback.core import Callback
-    from phoenix.train.learner import fit
-    how, plan = OPTIONS[name]
+    from phoenix.train.learner import TrainError, fit
+    from phoenix.train.optimizers import Adan
+    how, plan = (OPTIONS | dict(compiled=(dict(opt="adan_compiled"), {})))[name]
 
     class Stop(Callback):
         order = 99
@@ -122,11 +172,16 @@ def test_options_resume_to_the_same_bytes(name, tmp_path):
         learn = toy(folder, shuffle=True, **how)
         if stop: learn.add_cb(Stop(stop))
         history = fit(learn, 4, lr=.01, warmup_epochs=1, resume=resume, save_seconds=1e-9, progress=False, **plan)
+        assert learn.choices["opt"] == how.get("opt", "adan")
+        if isinstance(learn.opt.opt, Adan): assert learn.opt.opt.compiled == (name == "compiled")
         return everything(learn, history)
     straight = go(None)
     for i, stop in enumerate([(1, 4, True, "breaks"), (2, 1, False, "breaks"), (2, 0, False, "asks")]):
         with pytest.raises((KeyboardInterrupt, SystemExit)): go(tmp_path/str(i), stop)
         assert go(tmp_path/str(i), resume=True) == straight, stop
+    if name != "compiled": return
+    how = {}
+    with pytest.raises(TrainError, match="opt was adan_compiled and is adan"): go(tmp_path/"0", resume=True)
 
 
 @pytest.mark.slow
@@ -327,6 +382,84 @@ def test_global_random_state_is_left_alone():
     learn.validate()
     learn.get_preds()
     assert states() == before
+
+
+# what a setting of a training is called in the record of a run
+RECORDED = {"seed": ("seed", 7), "size": ("preprocess.size", 48), "batch_size": ("batch_size", 6), "epochs": ("epochs", 1),
+            "seconds": ("seconds", 600.), "lr": ("lr", .002), "weight_decay": ("weight_decay", .03), "patience": ("patience", 3),
+            "warmup_epochs": ("warmup_epochs", 1), "min_delta": ("min_delta", .002), "clip_norm": ("clip_norm", .5),
+            "label_smoothing": ("loss.label_smoothing", .05), "model": ("model", "plain_tiny_none")}
+ELSEWHERE = {"threads", "hamming", "correlation", "fractions", "folds", "threshold", "bootstraps", "calibration_images",
+             "max_megapixels", "runs_dir", "cache_dir", "data_dir", "log_level"}
+
+
+def test_every_setting_of_a_training_reaches_its_record(tmp_path, monkeypatch):
+    "From the environment through the command's own steps to what a resumed run is held to; flags too, and a search is stronger"
+    from types import SimpleNamespace
+    from phoenix.cli import _recipe, _trained, training
+    from phoenix.data.acquire import build_manifest
+    from phoenix.data.duplicates import find_pairs
+    from phoenix.data.phantom import make_phantom
+    from phoenix.data.splits import make_split
+    from phoenix.settings import Settings
+    from phoenix.train.checkpoints import read_checkpoint
+    from phoenix.train.search import SPACE, training_options
+    assert set(RECORDED) | ELSEWHERE == set(Settings.model_fields) and not set(RECORDED) & ELSEWHERE
+    defaults = Settings()
+    for name, (_, value) in RECORDED.items():
+        assert getattr(defaults, name) != value
+        monkeypatch.setenv(f"PHOENIX_{name.upper()}", str(value))
+    for name, value in dict(CACHE_DIR=tmp_path/"cache", THREADS=1).items(): monkeypatch.setenv(f"PHOENIX_{name}", str(value))
+    make_phantom(tmp_path/"phantom", patients=24, slices=1, size=64, seed=3)
+    manifest = build_manifest(tmp_path/"phantom", progress=False)
+    split = make_split(manifest, find_pairs(manifest, progress=False), fractions=(.6, .2, .2))
+    s, how = training(balanced=True, loss="calibration")
+    trained = _trained(SimpleNamespace(path=tmp_path/"run"), manifest, split, s, how, 1)
+    plan = read_checkpoint(tmp_path/"run/checkpoints/last.safetensors").state["plan"]
+    wanted = {place: [value]*2 if name == "size" else value for name, (place, value) in RECORDED.items()}
+    wanted |= {"balanced": True, "loss": "CalibrationLoss", "loss.strength": 1.}
+    assert {k: plan.get(k) for k in wanted} == wanted
+    assert trained.dls.train.balanced and trained.learner.clip_norm.max_norm == .5 and trained.learner.loss_func.label_smoothing == .05
+    drawn = training_options(_recipe(s), dict(label_smoothing=.01, lr=.1))
+    assert "label_smoothing" in SPACE and (drawn["label_smoothing"], drawn["lr"], drawn["clip_norm"]) == (.01, .1, .5)
+
+
+@pytest.mark.slow
+def test_closing_the_notebook_loses_no_output(tmp_path, straight):
+    "The page's channels are closed in mid-training; the kernel goes on, and log, history and weights are those of the whole run"
+    import pandas as pd
+    from jupyter_client import KernelManager
+    from phoenix.train.log import read_progress
+    history, done = tmp_path/"run/history.csv", tmp_path/"digest.txt"
+    cell = f"""import sys
+sys.path.insert(0, {str(PROCESS.parent)!r})
+from pathlib import Path
+from training_process import digest, toy
+from phoenix.train.learner import fit
+learn = toy(Path({str(history.parent)!r}), slow=.1)
+fit(learn, 6, lr=.01)
+Path({str(done)!r}).write_text(digest(learn))"""
+    def wait(there):
+        deadline = time.monotonic() + 300
+        while not there():
+            assert time.monotonic() < deadline and manager.is_alive()
+            time.sleep(.01)
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(tmp_path), env=dict(os.environ, OMP_NUM_THREADS="1"))
+    try:
+        client = manager.client()
+        client.start_channels()
+        client.wait_for_ready(timeout=300)
+        client.execute(cell)
+        wait(lambda: history.exists() and len(history.read_text().splitlines()) >= 3)
+        client.stop_channels()
+        left = len(pd.read_csv(history))
+        wait(done.exists)
+    finally: manager.shutdown_kernel(now=True)
+    assert 2 <= left < 6, "the channels were closed in mid-training"
+    progress = read_progress(history.parent)
+    assert (progress.state, progress.why, [r["epoch"] for r in progress.rows]) == ("over", "epochs", list(range(6)))
+    assert list(pd.read_csv(history).epoch) == list(range(6)) and done.read_text() == straight[1]
 
 
 @pytest.mark.slow

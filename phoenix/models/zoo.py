@@ -8,6 +8,9 @@ Docs: https://phoenix-mri.github.io/phoenix/models.zoo.html.md"""
 __all__ = ['CNNS', 'ZOO', 'TimmClassifier', 'create_timm', 'BaselineCNN', 'model_names', 'create_model']
 
 # %% ../../nbs/23_models.zoo.ipynb #f736a629
+import inspect
+from numbers import Integral
+
 import timm
 import torch
 from timm.models import group_parameters
@@ -121,6 +124,16 @@ def model_names(
     return [*family_names(), *CNNS, *[f'timm/{o}' for o in ZOO]]
 
 # %% ../../nbs/23_models.zoo.ipynb #ea41ae48
+def _cnn_options(name, options):
+    "Options of `BaselineCNN`, with the widths of the name"
+    known = list(inspect.signature(BaselineCNN).parameters)[2:]
+    for k in options:
+        if k not in known:
+            raise PhoenixError(f"options of {name} must be among {', '.join(known)}, got {k!r}"
+                               f"{did_you_mean(k, known)}: correct it.")
+    return {'widths':CNNS[name], **options}
+
+
 def create_model(
     name:str, # `neurosnake_small_ca`, `plain_small_ca`, `cnn`, `resnet18`, `timm/<any of timm>`
     n_classes:int, # logits
@@ -130,11 +143,13 @@ def create_model(
     **options, # fields of `Plan`, or arguments of `timm.create_model`
 )->nn.Module: # from pixels in [0, 1] `(B,c_in*slices,H,W)` to logits `(B,n_classes)`
     "Any network by name"
-    if slices<1 or slices%2==0:
-        raise PhoenixError(f"slices must be odd and at least 1, got {slices}: the picture is the one in the middle.")
+    for what,n in dict(n_classes=n_classes, c_in=c_in, slices=slices).items():
+        if not isinstance(n, Integral) or n<1:
+            raise PhoenixError(f"{what} must be a whole number of at least 1, got {n!r}: correct it.")
+    if slices%2==0: raise PhoenixError(f"slices must be odd, got {slices}: the picture is the one in the middle.")
     c, timm_name = c_in*slices, name.removeprefix('timm/')
     if name.split('_')[0] in FAMILIES: return create_neurosnake(name, n_classes, c, **options)
-    if name in CNNS: return BaselineCNN(n_classes, c, **{'widths':CNNS[name], **options})
+    if name in CNNS: return BaselineCNN(n_classes, c, **_cnn_options(name, options))
     if timm_name!=name or timm.is_model(name.split('.')[0]): return create_timm(timm_name, n_classes, c, **options)
     raise PhoenixError(f"model must be of the family, such as {family_names()[1]}, or one of "
                        f"{', '.join(model_names()[len(family_names()):])}, or timm/<name>, got {name!r}"

@@ -10,8 +10,9 @@ __all__ = ['AverageError', 'averaged_model', 'refresh_norms', 'WeightAverage']
 # %% ../../nbs/31b_train.averaging.ipynb #d66f06d2
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..keys import seed64, seeded
 from ..settings import PhoenixError
@@ -45,14 +46,21 @@ def averaged_model(
 
 # %% ../../nbs/31b_train.averaging.ipynb #26bc4abf
 def refresh_norms(
-    model:nn.Module, # its running averages are replaced
+    model:nn.Module, # its running averages are replaced, but for frozen norms
     batches:Iterable, # batches `(x, …)` of training data
     key:int=0, # of what is drawn meanwhile
 )->nn.Module: # the same model
     "Measure the running averages of batch normalisation anew, as the mean over all batches"
-    with seeded(key):
-        update_bn((b[0].as_subclass(Tensor) for b in batches), model, next(model.parameters()).device)
-    return model
+    was, device = model.training, next(model.parameters()).device
+    norms = [m for m in model.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    usual = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None # a plain mean
+    with seeded(key), torch.no_grad():
+        for b in batches if norms else (): model(b[0].as_subclass(Tensor).to(device))
+    for m, momentum in zip(norms, usual): m.momentum = momentum
+    return model.train(was)
 
 # %% ../../nbs/31b_train.averaging.ipynb #261662a4
 class WeightAverage(Callback):

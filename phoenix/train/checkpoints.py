@@ -121,7 +121,8 @@ def write_error(
     "The sentence about a file that could not be written: what is needed, and that nothing is lost"
     path = Path(path)
     free = shutil.disk_usage(path.parent if path.parent.exists() else '.').free
-    need = f': it needs {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free' if size else ''
+    left = 'your quota leaves less' if error.errno == errno.EDQUOT else f'{free / 1e6:.1f} MB are free'
+    need = f': it needs {size / 1e6:.1f} MB, and {left}' if size else ''
     cure = 'make room' if error.errno in DISK_FULL else 'make the folder writable'
     return CheckpointError(f'{path.name} could not be written ({error.strerror}){need}; {cure} and start again with '
                            'resume, the last good checkpoint is still there')

@@ -269,13 +269,16 @@ def write_job(
     seed:int=42, # key of weights, order, augmentation and dropout
     batch_size:int=32, # images per step, of all devices together
     cache_dir:Path=Path('data/cache'), # preprocessed images
-    loss:str='cross_entropy', # or 'focal'
+    loss:str='cross_entropy', # or 'focal'; 'calibration' needs one device
     **options # of `make_loaders`, `make_learner`, `fit` and `make_loss`
 )->Path: # job.json
     "Write down a training for workers to read"
     folder = Path(folder)
     if not isinstance(batch_size, int):
         raise DeviceError(f'several devices need a number of pictures per step, got {batch_size!r}: name one')
+    if loss == 'calibration':
+        raise DeviceError('the calibration error must be that of the whole batch, and each device has a share of it: '
+                          'take another loss, or train on one device')
     manifest.save(folder/'manifest.json'), certificate.save(folder/'certificate.json')
     job = dict(run_dir=str(Path(run_dir).resolve()), root=str(manifest.root.resolve()), model=model, loss=loss,
                model_options=model_options or {}, preprocess=(preprocess or Preprocess()).spec(), epochs=epochs,
@@ -348,6 +351,12 @@ def main(
 if __name__ == '__main__' and 'TORCHELASTIC_RUN_ID' in os.environ: sys.exit(main(sys.argv[1]))
 
 # %% ../../nbs/36_train.devices.ipynb #edc5e5d3
+def _error_stream():
+    "Where a child process may write; a notebook's stderr is no file"
+    try: return sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation): return 2
+
+
 def launch(
     path:Path, # of `write_job`
     devices:int, # processes; on CUDA one for each device
@@ -361,7 +370,7 @@ def launch(
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={devices}',
                '-m', 'phoenix.train.devices', str(path)]
     env = dict(os.environ, OMP_NUM_THREADS=str(max(1, torch.get_num_threads()//devices)))
-    child = subprocess.Popen(command, stdout=sys.stderr.fileno() if hasattr(sys.stderr, 'fileno') else None, env=env)
+    child = subprocess.Popen(command, stdout=_error_stream(), env=env)
     try: status = child.wait()
     finally:
         if child.poll() is None: child.terminate()

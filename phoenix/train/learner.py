@@ -48,7 +48,7 @@ from .batches import Accumulate, HalfPrecision, find_batch_size
 from .checkpoints import (DISK_FULL, CheckpointError, newest_checkpoint, read_checkpoint, restore,
                                        save_checkpoint, set_aside, write_error)
 from .log import LOG, RunLog, best_said, judged_by
-from .losses import CrossEntropy, Focal, class_weights
+from .losses import CalibrationLoss, CrossEntropy, Focal, class_weights
 from .mixing import Mix
 from .schedules import Plateau, Schedule, by_steps, cosine_hold, one_cycle, warmup_cosine
 
@@ -319,7 +319,7 @@ def make_learner(
     model:nn.Module|str, # a network, or the name of one, made with weights from `seed`
     *,
     loss:nn.Module|None=None, # loss on logits; `CrossEntropy()` when not given
-    opt:str='adan', # 'adan', 'adamw' or 'sgd'
+    opt:str='adan', # 'adan', 'adamw', 'sgd' or 'adan_compiled'
     lr:float=1e-3, # peak learning rate
     weight_decay:float=.02, # decay of kernels and matrices, not of biases and norms
     clip_norm:float=1., # largest norm of the whole gradient
@@ -890,7 +890,7 @@ def _auto_batch(learner, resume):
 
 
 def make_loss(
-    name:str, # 'cross_entropy' or 'focal'
+    name:str, # 'cross_entropy', 'focal' or 'calibration'
     targets:np.ndarray, # classes of the training images `(N,)`, or their labels `(N,K)` with NaN where unknown
     n_classes:int, # number of classes
     *,
@@ -898,12 +898,13 @@ def make_loss(
     label_smoothing:float=.1, # share of the target spread over all classes
 )->nn.Module: # a loss on logits
     "A loss by name, with class weights from the training images alone"
-    if name not in (names := ('cross_entropy', 'focal')):
+    if name not in (names := ('cross_entropy', 'focal', 'calibration')):
         raise TrainError(f'the loss must be one of {", ".join(names)}, got {name!r}{did_you_mean(name, names)}')
     if weights not in ('none', 'balanced'): raise TrainError(f"weights must be 'none' or 'balanced', got {weights!r}")
     if np.ndim(targets) == 2: return label_loss(name, np.array(targets), weights, label_smoothing)
     w = class_weights(torch.tensor(np.array(targets)), n_classes) if weights == 'balanced' else None
     if name == 'focal': return Focal(alpha=w, label_smoothing=label_smoothing)
+    if name == 'calibration': return CalibrationLoss(label_smoothing=label_smoothing, weight=w)
     return CrossEntropy(label_smoothing, w)
 
 # %% ../../nbs/33_train.learner.ipynb #7f966209
@@ -931,7 +932,7 @@ def train_classifier(
     batch_size:int|str=32, # images per batch; 'auto': the most whose whole step fits, up to 256 and a quarter of all
     cache_dir:Path=Path('data/cache'), # preprocessed images
     run_dir:Path|None=None, # gets checkpoints and history; nothing is written when not given
-    loss:str='cross_entropy', # or 'focal'
+    loss:str='cross_entropy', # or 'focal', 'calibration'
     **options # of `make_loaders`, `make_learner`, `fit` and `make_loss`: published_split, shuffle_labels, lr …
 )->Trained: # learner, loaders, history and predictions
     "Train a network on certified images and predict the validation and test images with its best weights"

@@ -284,6 +284,9 @@ def label_loss(
     label_smoothing:float=0., # how far 0 and 1 move together, in [0, 1)
 )->nn.Module: # a loss on logits
     "The loss of several labels by name, with weights of present labels from the training images alone"
+    if name not in ('cross_entropy', 'focal'):
+        raise LossError(f"the loss {name!r} needs one class a picture, this set has several labels: take "
+                        "'cross_entropy'")
     present = pos_weights(targets) if weights == 'balanced' else None
     if name == 'cross_entropy': return BinaryCrossEntropy(label_smoothing, pos_weight=present)
     return BinaryFocal(alpha=.25 if present is None else present/(1 + present), label_smoothing=label_smoothing)
@@ -334,6 +337,9 @@ class CalibrationLoss(CrossEntropy):
         self.strength = strength
 
     def forward(self, logits, targets):
+        if self.reduction != 'mean':
+            raise LossError('the calibration error is one of the whole batch and has no value per sample: leave mixing '
+                            'out, or take another loss')
         return super().forward(logits, targets) + self.strength * soft_ece(self.scale(logits), targets)
 
 # %% ../../nbs/30_train.losses.ipynb #c91c4e6d

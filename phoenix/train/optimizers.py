@@ -247,10 +247,10 @@ def sgd(
 
 # %% ../../nbs/31_train.optimizers.ipynb #85bff127
 def get_optimizer(
-    name:str, # 'adan', 'adamw' or 'sgd'
+    name:str, # 'adan', 'adamw', 'sgd' or 'adan_compiled'
 )->Callable: # `opt_func` for fastai's `Learner`
     "The optimizer of that name"
-    known = dict(adan=adan, adamw=adamw, sgd=sgd)
+    known = dict(adan=adan, adamw=adamw, sgd=sgd, adan_compiled=functools.partial(adan, compiled=True))
     if name in known: return known[name]
     raise OptimizerError(f'the optimizer must be one of {", ".join(known)}, got {name!r}{did_you_mean(name, known)}')
 

@@ -292,7 +292,7 @@ def pretraining_learner(
     hidden:int=64, # waist of the predictor
     classes:int=4, # logits of the network made by name; they aren't trained
     least:float=.1, # spread below which it has collapsed
-    opt:str='adan', # 'adan', 'adamw' or 'sgd'
+    opt:str='adan', # 'adan', 'adamw', 'sgd' or 'adan_compiled'
     lr:float=2e-3, # peak learning rate
     weight_decay:float=.02, # of kernels and matrices
     run_dir:Path|None=None, # gets checkpoints, history and log

@@ -367,7 +367,7 @@ def fold_evaluator(
 @dataclass(frozen=True)
 class Nested:
     "What a nested search leaves"
-    predictions:Any # `OutOfFold` of every picture
+    predictions:Any # `OutOfFold` of every picture, for `summarise_folds`
     values:list # accuracy of each outer fold
     chosen:list # parameters that were found for each outer fold
 
