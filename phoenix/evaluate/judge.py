@@ -321,8 +321,9 @@ def _top(table, subject):
     if subject.task == 'labels':
         named = dict(auc='AUC', ap='average precision', f1='F1', ece='calibration error')
         note = dict(auc=f'{over.n.iloc[0]} test pictures in {over.n_groups.iloc[0]} groups; guessing gives 0.500')
-        return [Headline(f'macro {name}', span(f'macro_{m}'), '', note.get(m, '')) for m, name in named.items()
-                if over.method[f'macro_{m}']]
+        spans = {m: span(f'macro_{m}') for m in named if over.method[f'macro_{m}']}
+        return [Headline(f'macro {named[m]}', i if i.value in i else i.value, '', note.get(m, '') if i.value in i
+                         else 'without an interval: resampling biases it') for m, i in spans.items()]
     counts = np.bincount(subject.test.targets)
     most = subject.classes[counts.argmax()].replace('_', ' ')
     always = f'always saying {most} gives {100*counts.max()/counts.sum():.1f} %'

@@ -277,7 +277,8 @@ def _unsure(report, spans):
     def named(labels): return ', '.join(c.replace('_', ' ') for c in labels)
     said = [f'Without a value, and left out of the macro means: {named(lost)}.'] if lost else []
     if wide: said.append(f'Too few groups to say much about {named(wide)}: the interval is wider than 30 points.')
-    return said + sorted({i.note for i in report.macro.values() if i.note})
+    notes = {m: i.note for m, i in report.macro.items() if i.note}
+    return said + [f'M{_TITLES[m][1:]}: {note}.' for m, note in notes.items()]
 
 
 def label_section(
@@ -345,7 +346,7 @@ def label_control_section(
     "Negative control: a network that learned shuffled labels must rank the true ones no better than chance"
     i = label_control(probs, targets, groups, **options)
     ok = i is not None and .5 in i
-    said = 'no label has both kinds of test picture' if i is None else f'macro AUC {show(i)}, of which 99 % are meant'
+    said = 'no label has both kinds of test picture' if i is None else f'macro AUC {show(i)} (99 %)'
     text = f'Trained on shuffled labels, tested on true ones: {said}. Guessing gives 0.500.'
     bad = 'The negative control does not end at chance: something other than the labels tells the pictures apart.'
     return Section('Negative control', [text], warnings=[] if ok else [bad], numbers=dict(macro_auc=i, ok=ok))
