@@ -125,6 +125,7 @@ def refusals(
         'One network of one seed was judged: how much another seed would differ is not known.': True}
     return [sentence for sentence, holds in (_of_labels(said.get('Test set', {})) | facts).items() if holds]
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #e8d6900a
 def _of_labels(numbers):
     "What can't be claimed of labels that are unknown, unseen or uncalled"
     each = numbers['scores']['per_label'] if numbers.get('scores', {}).get('labels_in') else {}
@@ -245,6 +246,7 @@ def data_sections(
     if probes is None: probes = probe_table(run_probes(manifest, groups=c.units(manifest)))
     return [data_section(manifest.table, audit(manifest).table()), shortcut_section(probes), split]
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #ce67c6a0
 def _answers(subject, manifest, certificate, record, unclaimed):
     "Items of the checklist that the record answers"
     made = provenance()
@@ -331,6 +333,7 @@ def _top(table, subject):
     return [Headline('accuracy', span('accuracy'), '%', many), Headline('macro recall', span('macro_recall'), '%'),
             Headline('macro F1', span('macro_f1'), '%'), Headline('expected calibration error', span('ece'), '%')]
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #6c8c7ffe
 def _answered(subject):
     "The answer to each test picture: the likeliest class, or every label that reaches its threshold"
     if subject.task == 'classes': return [subject.classes[i] for i in subject.logits['test'].argmax(1)]

@@ -117,7 +117,8 @@ def _side(manifest, certificate, name, classes, images, n, seed, slices):
     "One side of a split as pixels"
     rows = manifest.readable[manifest.readable.path.map(certificate.assignment).eq(name)].reset_index(drop=True)
     if not len(rows): raise MetricError(f'the {name} side must hold pictures, this split has none there: split again')
-    targets, at = _targets(rows.label, classes, name, manifest), np.sort(permutation(len(rows), seed, f'{name} side')[:n])
+    targets = _targets(rows.label, classes, name, manifest)
+    at = np.sort(permutation(len(rows), seed, f'{name} side')[:n])
     around = neighbours(rows, slices) if slices > 1 else {p: (p,) for p in rows.path}
     rows = rows.iloc[at]
     stacks = [tuple(manifest.root/p for p in around[path]) for path in rows.path]
