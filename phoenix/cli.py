@@ -702,7 +702,7 @@ def _fold_scores(oof, n):
 
 
 def _fold_areas(oof, n):
-    "Macro area and macro average precision over the pictures of all folds"
+    "Macro area, average precision and calibration error over the pictures of all folds"
     from phoenix.evaluate.labels import measure_labels
     cut = [float("nan")]*len(oof.classes)
     found = measure_labels(oof.probs, oof.targets, oof.groups, oof.classes, thresholds=cut, n=n)
@@ -739,9 +739,6 @@ def report_models(
     from phoenix.deploy.package import load_package
     from phoenix.evaluate.judge import Record, judge, judge_several
     manifest, cert = _held(folder, certificate)
-    if manifest.task == "labels":
-        raise PhoenixError("phoenix report must be given one class a picture, this set has several labels: "
-                           f"`phoenix run 13_organs -p data={folder} -p kind=''` makes their report")
     if len({m.resolve() for m in models}) < len(models):
         raise PhoenixError("Each model must be named once, one is named twice; leave it out")
     packages = _called(models, [load_package(m) for m in models])
@@ -751,9 +748,17 @@ def report_models(
     how = dict(effort=effort, seed=seed)
     if len(subjects) > 1: page = judge_several(subjects, manifest, cert, output_dir, records=records, **how)
     else: page = judge(subjects[0], manifest, cert, output_dir, record=records[subjects[0].name], **how)
-    found = {s.name: float(1 - s.wrong.mean()) for s in subjects}
-    rows = [dict(model=k, accuracy=v) for k, v in found.items()]
-    return Reply(dict(report=str(page), accuracy=found), f"{lines(rows)}\n\nreport: {page}")
+    score, found = _in_short(subjects)
+    rows = [{"model": k, score: v} for k, v in found.items()]
+    return Reply({"report": str(page), score: found}, f"{lines(rows)}\n\nreport: {page}")
+
+
+def _in_short(subjects):
+    "What is said of judged networks in the terminal: accuracy, or the macro area of several labels"
+    if subjects[0].task == "classes": return "accuracy", {s.name: float(1 - s.wrong.mean()) for s in subjects}
+    from phoenix.evaluate.multilabel import label_scores
+    areas = [label_scores(s.probs(), s.test.targets, s.classes, s.thresholds)["macro"]["auc"] for s in subjects]
+    return "macro_auc", dict(zip([s.name for s in subjects], areas))
 
 # %% ../nbs/91_cli.ipynb #7f8e22d2
 def _called(models, packages):
@@ -1172,7 +1177,7 @@ def run(
     path = run_experiment(experiment, read_parameters(p or [], f), load_settings().runs_dir)
     done = Run.open(path)
     metrics = read_json(done.path/"metrics.json") if (done.path/"metrics.json").exists() else {}
-    page = next(iter(sorted(done.path.glob("report*.html"))), None)
+    page = next((p for d in ("report*.html", "report*/report.html") for p in sorted(done.path.glob(d))), None)
     text = lines([dict(result=k, value=v) for k, v in (metrics.get("summary") or metrics).items()])
     return Reply(dict(run=str(done.path), report=str(page or ""), metrics=metrics),
         text + f"\n\nrun     {done.path}" + (f"\nreport  {page}" if page else ""))

@@ -1,5 +1,6 @@
 "Several labels a picture, from a made chest set in its real layout to an INT8 answer, command by command"
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_folds_keep_the_unknown_and_never_ask_a_network_about_its_own(way):
     texts = manifest.table.set_index("path").label.loc[inside]
     np.testing.assert_array_equal(oof.targets, label_matrix(texts, manifest.classes))
     assert not seen_by(oof)[np.arange(len(oof)), oof.folds].any()
-    assert set(done.data["scores"]) == {"macro_auc", "macro_ap"}
+    assert set(done.data["scores"]) == {"macro_auc", "macro_ap", "macro_ece"}
     again = cli.cross_validation(*way.set, way.at/"folds", folds=3, loss="focal", **once)
     assert again.data == done.data
     with pytest.raises(PhoenixError, match="loss was .*focal.* and is .*cross_entropy"):
@@ -114,18 +115,46 @@ def test_parts_without_a_meaning_for_several_labels_say_so(way):
     from phoenix.train.ensembles import align
     oof = load_out_of_fold(way.at/"folds/out_of_fold.csv")
     package, store = load_package(way.model), str(way.at/"s.db")
-    manifest, cert = way.held
+    (manifest, cert), copied = way.held, shutil.copytree(way.model, way.at/"copied")
     asked = {"do not exclude": [lambda: summarise_folds(oof), lambda: align([oof, oof]),
                                 lambda: fit_decision(package, [], [], []),
                                 lambda: judge_prepared(package, None, np.zeros((1, 32, 32), np.float32)),
                                 lambda: models_add(str(way.model), "chest", store=store),
-                                lambda: cli.qat(way.model, *way.set, way.at/"aware")],
-             "several labels": [lambda: cli.report_models(*way.set, [way.model]),
-                                lambda: take_subject("x", None, [], None, manifest, cert)],
+                                lambda: cli.qat(way.model, *way.set, way.at/"aware"),
+                                lambda: cli.report_models(*way.set, [way.model, copied], way.at/"two", effort="brief")],
+             "class order must be": [lambda: take_subject("x", None, package.classes[::-1], package.images, manifest, cert)],
              "share of right answers": [lambda: cli.parameter_search(*way.set, way.at/"search", trials=1, **FEW)]}
     for why, calls in asked.items():
         for call in calls:
             with pytest.raises(PhoenixError, match=why): call()
+
+
+def test_the_report_has_what_that_of_one_class_has_and_says_what_it_lacks(way):
+    "Looks, checklist, refusals and provenance from the same call; the table, the page and the command agree"
+    package, (rows, _) = load_package(way.model), side_of(way, "test")
+    looks = next((way.at/"runs/vaults").iterdir())
+    before = len((looks/"ledger.jsonl").read_text().splitlines())
+    said = cli.report_models(*way.set, [way.model], way.at/"report", effort="brief").data
+    told = json.loads((way.at/"report/report.json").read_text())
+    assert [s["title"] for s in told["sections"]] == ["Data", "Split proof (certified)", "Test set", "Controls without a picture",
+                                                      "Looks at the test set", "Reporting checklist", "Provenance"]
+    parts = {s["title"]: s for s in told["sections"]}
+    assert parts["Looks at the test set"]["numbers"]["looks"] == before, "the report is one look more; the first line is the seal"
+    assert parts["Reporting checklist"]["numbers"]["answered"] >= 15
+    for sentence in ("synthetic", "Nothing is known about attacks", "heat maps", "No control with shuffled labels", "looked at"):
+        assert any(sentence in s for s in told["cannot_claim"]), sentence
+    head = told["headline"][0]
+    assert (head["name"], head["value"]["method"]) == ("macro AUC", "BCa")
+    assert head["value"]["value"] == pytest.approx(next(iter(said["macro_auc"].values())), abs=1e-12)
+    table = pd.read_csv(next((way.at/"report/tables").glob("test-set-headlines-in-full.csv")))
+    assert set(table.measure) == {f"{a}{m}" for a in ("", "macro_") for m in ("auc", "ap", "f1", "ece")} and len(table) == 4*15
+    answers = pd.read_csv(way.at/"report/predictions.csv", keep_default_na=False).set_index("path").answer
+    cut = np.array([np.nan if t is None else t for t in package.threshold])
+    probs = package.probs([way.at/"raw"/p for p in rows.path], "fp32")
+    called = label_matrix(answers[rows.path], package.classes)
+    clear = ~np.isnan(cut) & (np.abs(probs - cut) > 1e-4)
+    np.testing.assert_array_equal(called[clear], (probs >= cut)[clear])
+    assert np.isnan(called[:, np.isnan(cut)]).all()
 
 
 def test_each_look_is_counted_and_says_the_area(way):

@@ -34,11 +34,22 @@ def test_smoke_run_is_sealed(nb, tmp_path):
     checked = json.loads(phoenix("verify", str(run), "--json", cwd=tmp_path).stdout)
     assert checked["state"] == "sealed" and checked["ok"]
     assert not json.loads((run / "seal.json").read_text())["evidence"], "a phantom run is no evidence"
+    if nb.name == "13_organs": learned_something(said["metrics"])
     if nb.name == "01_quickstart":
         page = Path(said["report"]).read_text()
         assert "Synthetic images" in page and "<script" not in page
         predicted = phoenix("predict", str(run / "model"), str(next((run / "raw").rglob("*.png"))), "--runtime", "fp32", "--json", cwd=tmp_path)
         assert set(json.loads(predicted.stdout)["answers"][0]["probs"]) == {"glioma", "meningioma", "no_tumor", "pituitary"}
+
+
+def learned_something(found):
+    "Seven classes and fourteen labels: the whole interval lies above chance and above what shuffled labels give, and those end at chance"
+    shuffled = {k: v if isinstance(v, float) else v["value"] for k, v in found["shuffled"].items()}
+    above = {k: v["low"] > max(found["chance"][k], shuffled[k]) for k, v in found["measured"].items()}
+    assert above == {"isic2018": True, "padchest": True}, found["summary"]
+    assert found["chance"]["padchest"] == .5 and found["chance"]["isic2018"] > 1/7
+    assert not any(k["shuffled"] for k in found["leaves_chance_behind"].values()), shuffled
+    assert set(found["across"].values()) == {0}
 
 
 def test_mistyped_parameter_is_refused(tmp_path):

@@ -15,10 +15,10 @@ import numpy as np
 
 from .package import LABEL_LIMITS, label_verdict, seal_of, sigmoid
 from .quantize import run_logits
-from ..evaluate.labels import group_weights
+from ..evaluate.labels import label_strata
 from ..evaluate.metrics import auc
 from ..evaluate.multilabel import check_labels
-from ..evaluate.statistics import Interval, percentile_interval
+from ..evaluate.statistics import Interval, _codes, _strata_of, draw_groups, percentile_interval
 from ..records import sha256_file
 from ..settings import PhoenixError
 
@@ -44,15 +44,16 @@ def area_change(
     n:int=1000, # resamples
     seed:int=42, # key of the draws
 )->Interval: # mean over the labels that have an area, b minus a
-    "Change of the macro area, with the 95 % interval of pairs drawn by group"
+    "Change of the macro area, with the 95 % interval of pairs drawn by group, within the strata of their labels"
     change = label_areas(b, targets) - label_areas(a, targets)
     there = np.isfinite(change)
-    drawn = np.concatenate([label_areas(b, targets, w) - label_areas(a, targets, w)
-                            for w in group_weights(groups, len(a), n=n, seed=seed)])[:, there]
+    codes = _codes(groups, len(a))
+    stratum = _strata_of(codes, label_strata(targets, groups))
+    drawn = np.concatenate([label_areas(b, targets, w[:, codes]) - label_areas(a, targets, w[:, codes])
+                            for w in draw_groups(stratum, n, seed)])[:, there]
     sizes = np.isfinite(drawn).sum(1)
     means = np.where(np.isfinite(drawn), drawn, 0.).sum(1)[sizes > 0]/sizes[sizes > 0]
-    n_groups = len(a) if groups is None else len(set(np.asarray(groups).tolist()))
-    return percentile_interval(change[there].mean(), means, n_groups)
+    return percentile_interval(change[there].mean(), means, int(codes.max()) + 1)
 
 # %% ../../nbs/52h_deploy.labels.ipynb #7464e48f
 def _calls(a, b, thresholds, classes):

@@ -124,10 +124,12 @@ def headlines(
 def how_drawn(
     intervals:Mapping[str, Interval], # name → interval, as they stand beside the sentence
     n:int, # resamples
+    *,
+    within:str = 'classes', # what groups were drawn within
 )->str: # one or two sentences
     "How the intervals of a page were made, and which of them are percentiles"
     plain = [name for name, i in intervals.items() if i.method == 'percentile']
     level = 100*next(iter(intervals.values())).level if intervals else 95
-    said = f'Intervals are {level:g} % BCa of {n} resamples of whole groups within classes.'
+    said = f'Intervals are {level:g} % BCa of {n} resamples of whole groups within {within}.'
     named = ', '.join(plain[:8]) + (f' and {len(plain) - 8} more' if len(plain) > 8 else '')
     return said + (f' Percentiles, where BCa is undefined because resamples agree: {named}.' if plain else '')

@@ -1,4 +1,4 @@
-"""One call judges a network, or several side by side, and writes what was measured, what was refused, and which questions of a reporting checklist it can answer.
+"""One call judges a network, of one class a picture or of several labels, or several networks side by side, and writes what was measured, what was refused, and which questions of a reporting checklist it can answer.
 
 Docs: https://phoenix-mri.github.io/phoenix/evaluate.judge.html.md"""
 
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from ..data.acquire import Manifest
 from ..data.audit import audit
+from ..data.organs import label_text, need_one_class
 from ..data.shortcuts import probe_table, run_probes
 from ..data.splits import Certificate, verify_certificate
 from .compare import compare
 from .comparison import write_comparison
+from .labels import label_control_section, label_data_section, label_section, measure_labels
 from .parts import (Subject, blank_section, doubt_section, explanation_section, gap_sections,
                                     headline_section, robustness_section, stranger_section, trust_section)
 from .report import (Headline, ReportData, Section, Table, control_section, data_section,
@@ -53,15 +55,16 @@ def _facts_of_data(manifest, certificate, preprocess):
     "Answers that manifest and certificate give"
     t, bad = manifest.table, manifest.table[manifest.table.problem != '']
     sides = {s: certificate.counts[s] for s in ('train', 'valid', 'test') if s in certificate.counts}
-    counts = '; '.join(f'{s} {sum(c.values())} ({", ".join(f"{k} {v}" for k, v in sorted(c.items()))})'
+    counts = '; '.join(f'{s} {len(certificate.paths(s))} ({", ".join(f"{k} {v}" for k, v in sorted(c.items()))})'
                        for s, c in sides.items())
+    many = 'one of ' if manifest.task == 'classes' else f'any number of {len(manifest.classes)}: '
     who = f'{t.patient[t.patient != ""].nunique()} patients' if manifest.has_patients else 'patients unknown'
     p, out = certificate.proof, pd.Series(certificate.left_out, dtype=object)
     out = out.str.replace(r'^same group as .* \((\w+)\)$', r'twins of a picture of the \1 side', regex=True)
     across = f'{p.get("patients_across", 0)} patients across sides' if p.get('patients') else 'patients are not named'
     return {'2a': f'manifest {manifest.sha256[:16]}',
             '3a': manifest.source + (', synthetic' if manifest.synthetic else ''),
-            '3d': f'one of {", ".join(manifest.classes)}', '3e': f'{len(t)} pictures, {who}: {counts}',
+            '3d': f'{many}{", ".join(manifest.classes)}', '3e': f'{len(t)} pictures, {who}: {counts}',
             '3f': f'{len(bad)} files without pixels',
             '4a': '; '.join(f'{n} {why}' for why, n in out.value_counts().items()) or 'nothing',
             '4b': '; '.join(f'{r.path}: {r.problem}' for r in bad.head(5).itertuples())
@@ -113,11 +116,26 @@ def refusals(
         'Nothing is known about attacks and scanner faults.': 'Attacks and scanner faults' not in said,
         'No control with shuffled labels was trained: learning from something else than the label is not excluded.':
             not control,
+        'When to give no answer was not tried: every answer counts, however unsure.': gate is None,
+        'Whether a strange picture is noticed was not tried.': 'Strangers' not in said,
+        'No probes were run: accidents of the set that tell the label are not excluded.': 'Shortcuts' not in said,
         'Looks at the test labels were not counted.': looks is None,
         f'The test labels were looked at {looks} times: the best of several looks is too good.':
             bool(looks and looks > 1),
         'One network of one seed was judged: how much another seed would differ is not known.': True}
-    return [sentence for sentence, holds in facts.items() if holds]
+    return [sentence for sentence, holds in (_of_labels(said.get('Test set', {})) | facts).items() if holds]
+
+# %% ../../nbs/49a_evaluate.judge.ipynb #e8d6900a
+def _of_labels(numbers):
+    "What can't be claimed of labels that are unknown, unseen or uncalled"
+    each = numbers['scores']['per_label'] if numbers.get('scores', {}).get('labels_in') else {}
+    known, n = sum(v['known'] for v in each.values()), len(each)*numbers.get('scores', {}).get('n', 0)
+    def named(bad): return ', '.join(c.replace('_', ' ') for c, v in each.items() if bad(v))
+    lost, uncalled = named(lambda v: v['auc'] is None), named(lambda v: v['threshold'] is None)
+    return {f'{100*(1 - known/max(n, 1)):.0f} % of the labels of the test pictures are unknown, and those that are '
+            'known may be no random part of all.': known < n,
+            f'Nothing is known about {lost}: the test side does not show both kinds of picture.': bool(lost),
+            f'No threshold is known for {uncalled}: the validation side does not show it.': bool(uncalled)}
 
 def _under_attack(numbers):
     "Smallest bound, accuracy without and with it"
@@ -175,6 +193,7 @@ def judged_sections(
 )->list[Section]: # everything that follows from network and pictures alone
     "All parts of a judgement"
     e = effort_named(effort) if isinstance(effort, str) else effort
+    if subject.task == 'labels': return list(_timed(_label_parts(subject, e, seed), said))
     shown = [x[len(x)//2].numpy() for x in subject.test.x]
     parts = dict(
         headlines=lambda: headline_section(subject, n=e.n, seed=seed),
@@ -191,6 +210,14 @@ def judged_sections(
         examples=lambda: examples_section(shown, subject.probs(), subject.test.targets, subject.classes))
     return list(_timed(parts, said))
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #7425fd28
+def _label_parts(subject, e, seed):
+    "What is judged where pictures have several labels"
+    def measured(): return measure_labels(subject.probs(), subject.test.targets, subject.test.units, subject.classes,
+                                          thresholds=subject.thresholds, source=subject.source, n=e.n, seed=seed)
+    return dict(headlines=lambda: label_section(measured()),
+                controls=lambda: blank_section(subject, pictures=e.strange, seed=seed))
+
 # %% ../../nbs/49a_evaluate.judge.ipynb #cd8ebed6
 @dataclass(frozen=True)
 class Record:
@@ -203,6 +230,7 @@ class Record:
     sections:Sequence[Section] = () # further ones, such as `training_section` and `deploy_section`
     headline:Sequence[Headline] = () # further ones
     facts:Mapping[str, str] = field(default_factory=dict) # items of `REFORMS` that people have answered
+    unclaimed:Sequence[str] = () # further sentences on what can't be claimed
     external:bool = False # the test side comes from another hospital or set
 
 def data_sections(
@@ -211,12 +239,14 @@ def data_sections(
     *,
     probes:pd.DataFrame|None = None, # of `probe_table`; asked anew when None
 )->list[Section]: # the same for every network of the split
-    "Data, shortcuts and the proof of the split"
+    "Data, shortcuts and the proof of the split; no probe asks for several labels"
     c, verdict = certificate, verify_certificate(certificate, manifest.root)
+    split = split_section(c.kind, c.rule, c.counts, c.proof, sha256=c.sha256, verified=verdict.ok)
+    if manifest.task == 'labels': return [label_data_section(manifest, c.assignment, audit(manifest).table()), split]
     if probes is None: probes = probe_table(run_probes(manifest, groups=c.units(manifest)))
-    return [data_section(manifest.table, audit(manifest).table()), shortcut_section(probes),
-            split_section(c.kind, c.rule, c.counts, c.proof, sha256=c.sha256, verified=verdict.ok)]
+    return [data_section(manifest.table, audit(manifest).table()), shortcut_section(probes), split]
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #ce67c6a0
 def _answers(subject, manifest, certificate, record, unclaimed):
     "Items of the checklist that the record answers"
     made = provenance()
@@ -227,13 +257,21 @@ def _answers(subject, manifest, certificate, record, unclaimed):
         '2c': f'Python {made["python"]}, {made["system"]}; {packages}; all versions under Provenance',
         '5a': f'{subject.name}, {weights:,} parameters',
         '5c': f'{certificate.rule} split; thresholds and maps fitted on the validation side, the test side judges',
-        '5f': 'chance for the shares of the classes'
-              + (', training on shuffled labels' if record.control is not None else ''),
-        '6c': 'probes that never see the brain, in the section on shortcuts',
-        '7a': 'accuracy, macro and by class recall, precision, specificity, F1, AUC; ECE, Brier, NLL',
-        '7b': 'BCa intervals of resampled groups', '7c': 'paired intervals and permutation by group',
+        '7b': 'BCa intervals of resampled groups',
         '8a': 'the test side comes from elsewhere' if record.external else '',
-        '8b': f'{len(unclaimed)} sentences under “What this does not show”'} | dict(record.facts)
+        '8b': f'{len(unclaimed)} sentences under “What this does not show”'} | _by_task(subject, record) | dict(
+            record.facts)
+
+def _by_task(subject, record):
+    "Answers that differ where pictures have several labels"
+    control = ', training on shuffled labels' if record.control is not None else ''
+    if subject.task == 'labels':
+        return {'5f': f'macro AUC of one half{control}', '6c': 'the network asked about pictures without their content',
+                '7a': 'macro and by label AUC, average precision, F1 at thresholds of the validation side, ECE'}
+    return {'5f': f'chance for the shares of the classes{control}',
+            '6c': 'probes that never see what is asked for, in the section on shortcuts',
+            '7a': 'accuracy, macro and by class recall, precision, specificity, F1, AUC; ECE, Brier, NLL',
+            '7c': 'paired intervals and permutation by group'}
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #3ba7e8cf
 def judge(
@@ -254,29 +292,40 @@ def judge(
     "Judge a network and write the page, its numbers and its tables"
     about = data_sections(manifest, certificate) if record.data is None else record.data
     judged = judged_sections(subject, effort=effort, strangers=strangers, masks=masks, said=said, seed=seed)
-    ledger, t, first = record.ledger, subject.test, judged[0].numbers['headlines']
-    checks = [] if record.control is None else [control_section(record.control, t.targets, t.units,
-                                                                       band=record.band)]
+    ledger, t = record.ledger, subject.test
     looks = [] if ledger is None else [vault_section(ledger.table(), ledger.reasons)]
     leaky = certificate.kind == 'published'
     unclaimed = limits(synthetic=manifest.synthetic, published=leaky, external=record.external,
                        patients=manifest.has_patients, n_groups=len(set(t.units.tolist())),
                        folds=certificate.rule in ('column', 'author'))
-    unclaimed += refusals(judged, control=record.control is not None, looks=ledger and ledger.looks)
-    sections = [*about, *judged, *checks, *record.sections, *looks,
+    unclaimed += [*refusals([*about, *judged], control=record.control is not None, looks=ledger and ledger.looks),
+                  *record.unclaimed]
+    sections = [*about, *judged, *_checks(subject, record), *record.sections, *looks,
                 reforms_section(_answers(subject, manifest, certificate, record, unclaimed)),
                 provenance_section(provenance(), manifest=manifest.sha256, certificate=certificate.sha256, seed=seed)]
     stamps = [s for s, on in dict(synthetic=manifest.synthetic, published=leaky).items() if on]
-    top = [*_top(first, subject), *record.headline]
+    top = [*_top(judged[0].numbers['headlines'], subject), *record.headline]
     data = ReportData(title or f'{subject.name}, judged', question, stamps, top, sections, unclaimed)
     _write_tables(Path(folder), subject, sections)
     return write_report(Path(folder)/'report.html', data)
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #af59ed42
+def _checks(subject, record):
+    "The negative control, where one was trained"
+    if record.control is None: return []
+    given = record.control, subject.test.targets, subject.test.units
+    return [label_control_section(*given) if subject.task == 'labels' else control_section(*given, band=record.band)]
+
 def _top(table, subject):
     "The headlines that stand above everything"
     over = table[(table.source == 'all') & (table['class'] == '')].set_index('measure')
     def span(m): return Interval(over.value[m], over.low[m], over.high[m], int(over.n_groups[m]), method=over.method[m])
+    if subject.task == 'labels':
+        named = dict(auc='AUC', ap='average precision', f1='F1', ece='calibration error')
+        note = dict(auc=f'{over.n.iloc[0]} test pictures in {over.n_groups.iloc[0]} groups; guessing gives 0.500')
+        spans = {m: span(f'macro_{m}') for m in named if over.method[f'macro_{m}']}
+        return [Headline(f'macro {named[m]}', i if i.value in i else i.value, '', note.get(m, '') if i.value in i
+                         else 'without an interval: resampling biases it') for m, i in spans.items()]
     counts = np.bincount(subject.test.targets)
     most = subject.classes[counts.argmax()].replace('_', ' ')
     always = f'always saying {most} gives {100*counts.max()/counts.sum():.1f} %'
@@ -284,10 +333,17 @@ def _top(table, subject):
     return [Headline('accuracy', span('accuracy'), '%', many), Headline('macro recall', span('macro_recall'), '%'),
             Headline('macro F1', span('macro_f1'), '%'), Headline('expected calibration error', span('ece'), '%')]
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #6c8c7ffe
+def _answered(subject):
+    "The answer to each test picture: the likeliest class, or every label that reaches its threshold"
+    if subject.task == 'classes': return [subject.classes[i] for i in subject.logits['test'].argmax(1)]
+    cut = subject.thresholds
+    return [label_text(np.where(np.isnan(cut), np.nan, p >= cut), subject.classes) for p in subject.probs()]
+
 def _write_tables(folder, subject, sections):
     "Predictions and every table as CSV"
     t, names = subject.test, [f'probability {c}' for c in subject.classes]
-    said = [subject.classes[i] for i in subject.logits['test'].argmax(1)]
+    said = _answered(subject)
     rows = pd.DataFrame(dict(path=t.rows.path, unit=t.units, label=t.rows.label, answer=said))
     write_text(folder/'predictions.csv', rows.join(pd.DataFrame(subject.probs(), columns=names)).to_csv(index=False))
     for s in sections:
@@ -318,7 +374,7 @@ def judge_several(
     **how # of `judge`
 )->Path: # the HTML file of the comparison
     "Judge networks one by one, and compare them on the same test pictures"
-    names = [s.name for s in subjects]
+    names = [need_one_class(s, 'A comparison').name for s in subjects]
     if len(set(names)) < max(2, len(names)):
         raise PhoenixError(f'networks to compare must be two or more with names of their own, got {names}: rename')
     about = data_sections(manifest, certificate) if data is None else data

@@ -18,10 +18,12 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit
 from torch import Tensor, nn
 
 from ..data.acquire import Manifest
 from ..data.loaders import neighbours
+from ..data.organs import check_order, label_matrix
 from ..data.phantom import CLASSES, phantom_hounsfield, windowed
 from ..data.severity import KINDS, corrupt, severity_keys
 from ..data.splits import Certificate
@@ -30,7 +32,9 @@ from .calibration import (brier, brier_parts, ece, ece_sums, fit_calibrator, mce
 from .explain import check_map, map_names, plot_checks
 from .fairness import fairness, plot_gaps
 from .headlines import headlines, how_drawn
+from .labels import label_control
 from .metrics import MetricError, plot_confusion, plot_precision_recall, plot_roc, softmax
+from .multilabel import label_thresholds
 from .report import Section, Table, draw, show
 from .robustness import (corruption_benchmark, mean_corruption_error, plot_corruptions, plot_robustness,
                                          robustness)
@@ -51,7 +55,7 @@ class Side:
     "Pictures of one side of a split"
     rows:pd.DataFrame # of the manifest
     x:Tensor # `(N,C,H,W)` pixels in [0,1]
-    targets:np.ndarray # `(N,)` class indices
+    targets:np.ndarray # `(N,)` class indices, or `(N,K)` labels: 1, 0, NaN where unknown
     units:np.ndarray # `(N,)` patient, series or cluster: what an interval resamples
 
     def __len__(self)->int: return len(self.targets)
@@ -76,9 +80,19 @@ class Subject:
     test:Side # what judges
     logits:dict[str, np.ndarray] # side → `(N,K)`
 
+    @property
+    def task(self)->str: # 'classes' or 'labels'
+        "Whether a picture has one class or any number of labels"
+        return 'labels' if self.test.targets.ndim == 2 else 'classes'
+
     def probs(self, side:str='test')->np.ndarray: # `(N,K)`
-        "Probabilities as trained"
-        return softmax(self.logits[side])
+        "Probabilities as trained: of classes that exclude each other, or of each label by itself"
+        return softmax(self.logits[side]) if self.task == 'classes' else expit(np.float64(self.logits[side]))
+
+    @property
+    def thresholds(self)->np.ndarray: # `(K,)`, NaN where the validation side does not show a label
+        "From which probability each label is called, by the validation side"
+        return label_thresholds(self.probs('valid'), self.valid.targets)
 
     def some(self,
         n:int, # at most so many of the validation and of the test side
@@ -91,7 +105,7 @@ class Subject:
 
     @property
     def wrong(self)->np.ndarray: # `(N,)` bool
-        "Which test pictures are answered wrongly"
+        "Which test pictures are answered wrongly, where each has one class"
         return self.logits['test'].argmax(1) != self.test.targets
 
     @property
@@ -105,15 +119,21 @@ def _side(manifest, certificate, name, classes, images, n, seed, slices):
     "One side of a split as pixels"
     rows = manifest.readable[manifest.readable.path.map(certificate.assignment).eq(name)].reset_index(drop=True)
     if not len(rows): raise MetricError(f'the {name} side must hold pictures, this split has none there: split again')
-    strange = sorted(set(rows.label) - set(classes))
-    if strange: raise MetricError(f'the network knows {list(classes)}, the {name} side also has {strange}: use its set')
+    targets = _targets(rows.label, classes, name, manifest)
+    at = np.sort(permutation(len(rows), seed, f'{name} side')[:n])
     around = neighbours(rows, slices) if slices > 1 else {p: (p,) for p in rows.path}
-    rows = rows.iloc[np.sort(permutation(len(rows), seed, f'{name} side')[:n])]
+    rows = rows.iloc[at]
     stacks = [tuple(manifest.root/p for p in around[path]) for path in rows.path]
     paths = stacks if slices > 1 else [p for p, in stacks]
     x = torch.from_numpy(np.concatenate([images(paths[i:i + 64]) for i in range(0, len(paths), 64)]))
-    targets = np.array([list(classes).index(c) for c in rows.label])
-    return Side(rows, x, targets, rows.path.map(certificate.units(manifest)).to_numpy())
+    return Side(rows, x, targets[at], rows.path.map(certificate.units(manifest)).to_numpy())
+
+def _targets(labels, classes, name, manifest):
+    "Class numbers, or 1, 0 and NaN for each label, in the network's order"
+    if manifest.task == 'labels': return label_matrix(labels, check_order(classes, manifest.classes))
+    strange = sorted(set(labels) - set(classes))
+    if strange: raise MetricError(f'the network knows {list(classes)}, the {name} side also has {strange}: use its set')
+    return np.array([list(classes).index(c) for c in labels])
 
 def take_subject(
     name:str, # what it is called on the page
@@ -128,9 +148,6 @@ def take_subject(
     slices:int = 1, # neighbouring slices that the network takes together
 )->Subject: # ready to be judged
     "Read the three sides and ask the network about each"
-    if manifest.task == 'labels':
-        raise MetricError('a judgement must be of one class a picture, this set has several labels: measure_labels and '
-                          'label_section judge those')
     if certificate.manifest_sha256 != manifest.sha256:
         raise MetricError('the certificate must speak of this manifest, its hash is another: split again')
     rooms = dict(train=train, valid=None, test=None)
@@ -502,6 +519,7 @@ def blank_section(
 )->Section: # accuracy of each control against the band of guessers
     "Whether anything but the picture tells the classes apart"
     t = subject.test.some(pictures, seed)
+    if subject.task == 'labels': return _blank_labels(subject, t, seed)
     units, k = len(set(t.units.tolist())), len(subject.classes)
     band = chance_band(units, k, shares=np.bincount(t.targets, minlength=k)/len(t))
     right = {name: float((logits_of(subject.model, x).argmax(1) == t.targets).mean())
@@ -512,6 +530,19 @@ def blank_section(
            for r in table.itertuples() if r.accuracy > band.high]
     text = (f'{len(t)} test pictures in {units} groups, asked without their content. Guessers reach from '
             f'{show(band.low, "%")} to {show(band.high, "%")} (99 %), the commonest class alone included.')
+    return Section('Controls without a picture', [text], [Table(table, 'Negative controls of the trained network')],
+                   warnings=bad, numbers=dict(controls=table, bad=bad))
+
+def _blank_labels(subject, t, seed):
+    "The same of several labels: the macro area of each control against one half"
+    found = {name: label_control(expit(logits_of(subject.model, x)), t.targets, t.units, seed=seed)
+             for name, x in without_picture(t.x, seed=seed).items()}
+    table = pd.DataFrame([dict(control=name, macro_AUC=i.value, low=i.low, high=i.high, at_chance=.5 in i)
+                          for name, i in found.items() if i is not None])
+    bad = [f'With {r.control} the network still ranks the labels, by brightness: macro AUC {show(r.macro_AUC)}.'
+           for r in table.itertuples() if r.low > .5]
+    text = (f'{len(t)} test pictures in {len(set(t.units.tolist()))} groups, asked without their content; intervals of '
+            '99 %. Guessing gives 0.500.')
     return Section('Controls without a picture', [text], [Table(table, 'Negative controls of the trained network')],
                    warnings=bad, numbers=dict(controls=table, bad=bad))
 

@@ -534,6 +534,15 @@ def examples_section(
     return Section('Examples right and wrong', [text], galleries=galleries)
 
 # %% ../../nbs/48_evaluate.report.ipynb #c7e69bab
+def _findings(findings):
+    "The table of what an audit found, the worst first; none where it found nothing"
+    if not len(findings): return []
+    kinds = findings.groupby(['severity', 'kind']).agg(
+        n=('kind', 'size'), example=('message', 'first'), hint=('hint', 'first')).reset_index()
+    kinds['kind'] = kinds['kind'].map(_words)
+    rank = kinds['severity'].map({'error': 0, 'warning': 1}).fillna(2)
+    return [Table(kinds.loc[rank.sort_values(kind='stable').index], 'Findings of the audit, one example of each kind')]
+
 def data_section(
     table:pd.DataFrame, # the manifest's table: `label`, `split`, `problem` …
     findings:pd.DataFrame, # the audit's table: `kind`, `severity`, `message`, `hint` …
@@ -543,13 +552,7 @@ def data_section(
     counts = pd.crosstab(table['label'].map(_words), split, margins=True, margins_name='together').reset_index()
     unread = int((table['problem'] != '').sum()) if 'problem' in table else 0
     tables = [Table(counts.rename(columns={'label': 'class'}), 'Pictures by class and published folder')]
-    if len(findings):
-        kinds = findings.groupby(['severity', 'kind']).agg(
-            n=('kind', 'size'), example=('message', 'first'), hint=('hint', 'first')).reset_index()
-        kinds['kind'] = kinds['kind'].map(_words)
-        rank = kinds['severity'].map({'error': 0, 'warning': 1}).fillna(2)
-        kinds = kinds.loc[rank.sort_values(kind='stable').index]
-        tables.append(Table(kinds, 'Findings of the audit, one example of each kind'))
+    tables += _findings(findings)
     text = f'{len(table)} files, {unread} of them unreadable; {len(findings)} findings. Nothing was deleted.'
     return Section('Data', [text], tables, numbers=dict(files=len(table), unreadable=unread, findings=len(findings)))
 
