@@ -665,7 +665,7 @@ def _inside(folder, certificate, n, seed):
                            "make` again")
     return manifest, cert, inner_certificates(manifest, cert, n=n, seed=seed)
 
-# %% ../nbs/91_cli.ipynb #0c6e0d29
+
 def _settings(**typed):
     "Settings, with those that were typed"
     return load_settings(**{k: v for k, v in typed.items() if v})
@@ -710,7 +710,7 @@ def _fold_areas(oof, n):
 @command(app, "compare", "phoenix compare snake=runs/folds plain=runs/folds-plain")
 def compare_networks(
     networks:list[str], # name=folder with out_of_fold.csv, or name=file; the first is the reference
-    output_dir:Path=Path("runs/comparison"), # gets report.html, report.json and three CSV files
+    output_dir:Path=Path("runs/comparison"), # gets report.html, report.json and four CSV files
     score:str="macro_recall", # that is tested; macro_recall, accuracy and macro_f1 are shown
     margin:float=.02, # difference of that score that does not matter: within it two networks are called equal
 )->Reply: # differences with intervals and corrected tests, in words and as a table

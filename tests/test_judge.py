@@ -149,11 +149,11 @@ def pages(place, reports):
     for name, (model, skill) in dict(snake=("neurosnake_tiny_ca", 3.), plain=("plain_tiny_none", 1.5)).items():
         noise = np.random.default_rng(int(skill)).normal(size=(len(table), 4))
         logits = pd.DataFrame(skill*np.eye(4)[table.target] + noise, columns=[f"logit {c}" for c in classes])
-        t = table.drop(columns=logits.columns).assign(fold=table.group % 3)
+        t = table.drop(columns=logits.columns).assign(fold=np.arange(len(table)) % 3, group=np.arange(len(table)))
         t = t.assign(seen=[" ".join(str(j) for j in range(3) if j != f) for f in t.fold]).join(logits)
         save_out_of_fold(OutOfFold(t, classes), root / f"folds-{name}/out_of_fold.csv")
         write_json(root / f"folds-{name}/folds.json", dict(model=model, model_options={}))
-        for k in range(3): shutil.copytree(root / "run-1", root / f"folds-{name}/fold{k}", ignore=shutil.ignore_patterns("model"))
+        for k in range(3): shutil.copytree(root / f"run-{1 + (name == 'plain')}", root / f"folds-{name}/fold{k}", ignore=shutil.ignore_patterns("model"))
     typed = ["compare", f"snake={root}/folds-snake", f"plain={root}/folds-plain", "--output-dir", str(root / "compared"), "--json"]
     done = CliRunner().invoke(app, typed)
     assert done.exit_code == 0, done.output

@@ -106,8 +106,10 @@ def _paired_table(probs, targets, groups, cells, reference, sizes, stat, margin,
         both = probs[reference], probs[other], targets, groups
         d, t = paired_difference(*both, stat=stat, **how), _test(cells, reference, other, *sizes)
         near = equivalence(*both, margin=margin, stat=stat, n=how['n'], seed=how['seed'])
+        agree = d.low == d.high # few groups: the resamples say nothing of others
         return dict(model=reference, against=other, difference=d.value, low=d.low, high=d.high,
-                    detectable=detectable(d), p=t.p if t else np.nan, equivalence=near.verdict)
+                    detectable=np.nan if agree else detectable(d), p=t.p if t else np.nan,
+                    equivalence='not shown' if agree else near.verdict)
     table = pd.DataFrame([row(other) for other in probs if other != reference])
     table.insert(7, 'p_holm', _holm(table.p))
     return table
@@ -213,7 +215,7 @@ def plot_paired(
         ax.set_yticks(range(len(t)), t.against)
         ax.set(xlabel=f'{t.model.iloc[0]} minus …, points of {comparison.stats[0].replace("_", " ")}',
                ylim=(len(t) - .5, -.5))
-        clear = int(((t.low > 0) | (t.high < 0)).sum())
+        clear = int((((t.low > 0) | (t.high < 0)) & (t.low < t.high)).sum())
         ax.set_title(f'{clear} of {len(t)} differences are clear of 0', loc='right', fontsize=9)
     return ax
 
@@ -262,8 +264,10 @@ def plot_radar(
         for r in (.25, .5, .75, 1): ax.plot(*np.c_[r*spokes, r*spokes[:, :1]], color='0.85', lw=.7)
         for name, v in t.iterrows():
             ax.plot(*np.c_[v.to_numpy()*spokes, v.iloc[0]*spokes[:, :1]], '-o', ms=3, lw=1.2, label=name)
-        for c, (x, y) in zip(t, 1.12*spokes.T): ax.text(x, y, c.replace('_', ' '), ha='center', va='center', fontsize=8)
-        ax.set(aspect='equal', xlim=(-1.4, 1.4), ylim=(-1.7, 1.3))
+        for c, (x, y) in zip(t, 1.12*spokes.T):
+            side = 'center' if abs(x) < .2 else 'left' if x > 0 else 'right'
+            ax.text(x, y, c.replace('_', ' '), ha=side, va='center', fontsize=8)
+        ax.set(aspect='equal', xlim=(-1.9, 1.9), ylim=(-1.7, 1.3))
         ax.set_axis_off()
         ax.legend(fontsize=7, loc='lower left')
         ax.set_title('Recall of each class; rings at 25, 50, 75, 100 %', fontsize=10)
@@ -342,7 +346,9 @@ def plot_front(
         ax.vlines(t[cost], t.low, t.high, color='0.8', lw=1)
         ax.scatter(t[cost], t['mean'], c=np.where(on, '#d55e00', '#0072b2'), s=18, zorder=3)
         for name, x, y in zip(t.model, t[cost], t['mean']):
-            ax.annotate(name, (x, y), (3, 3), textcoords='offset points', fontsize=6)
+            far = x > np.sqrt(t[cost].min()*t[cost].max()) # its name stands on the left, inside the axes
+            ax.annotate(name, (x, y), (-3 if far else 3, 3), textcoords='offset points', fontsize=7,
+                        ha='right' if far else 'left')
         ax.set(xscale='log', xticks=np.geomspace(t[cost].min(), t[cost].max(), 4), ylabel=stat.replace('_', ' '),
                xlabel=cost.replace('_ms', ', ms').replace('_', ' '))
         ax.xaxis.set_major_formatter(lambda x, _: f'{x:.3g}' if x < 1e4 else f'{x/1e6:.3g} M')

@@ -35,7 +35,7 @@ def verdicts(
 )->list[str]: # one sentence for each comparison
     "Each difference in words, without claiming more than its interval and its test"
     margin = f'{100*comparison.margin:g} points'
-    return [_verdict(r, alpha, comparison.level) + _ALIKE[r['equivalence']].format(margin)
+    return [_verdict(r, alpha, comparison.level) + _ALIKE[r['equivalence']].format(margin)*(r['low'] < r['high'])
             for r in comparison.paired.to_dict('records')]
 
 
@@ -43,6 +43,7 @@ def _verdict(r, alpha, level):
     "One difference as a sentence"
     value = Interval(r['difference'], r['low'], r['high'], 0, level)
     who = f"{r['model']} minus {r['against']}: {show(value, 'points')}"
+    if r['low'] == r['high']: return f'{who}; all resamples of so few groups agree, which is no certainty'
     if r['low'] <= 0 <= r['high']:
         return f"{who}; no difference is shown, {100*r['detectable']:.1f} points are the least this set would find"
     if r['p_holm'] != r['p_holm']: return f'{who}; clear of zero on these pictures, one split cannot say more'
@@ -73,7 +74,16 @@ def _spans(comparison):
             for _, r in comparison.scores.iterrows()}
 
 
-_SAID = dict(detectable='smallest found', p_holm='p (Holm)', other_area='AUC of the other', area='AUC')
+_SAID = dict(detectable='smallest found', p_holm='p (Holm)', other_area='its AUC')
+
+
+def _differences(table, level):
+    "Differences with their intervals as people write them, without the reference's name in each row"
+    said = [show(Interval(d, a, b, 0, level), 'points').replace(', ', ',\u00a0')
+            for d, a, b in zip(table.difference, table.low, table.high)]
+    shown = table.drop(columns=['model', 'low', 'high', 'area'], errors='ignore').assign(difference=said)
+    if 'detectable' in shown: shown['detectable'] = [show(100*v) for v in shown.detectable]
+    return shown.rename(columns=_SAID)
 
 # %% ../../nbs/48b_evaluate.comparison.ipynb #f222106b
 def _tables(comparison, costs):
@@ -85,11 +95,12 @@ def _tables(comparison, costs):
     recall = class_recall(comparison).reset_index(names='model')
     tables = [Table(wide, f'Mean over seeds, {100*comparison.level:g} % interval by group'),
               Table(recall, 'Recall of each class, mean over seeds'),
-              Table(comparison.paired.rename(columns=_SAID), f'Differences of {_words(comparison.stats[0])}, as '
-                    'shares of one; smallest found at 80 % power; p of the corrected t; equivalence within '
-                    f'{100*comparison.margin:g} points')]
+              Table(_differences(comparison.paired, comparison.level), f'{comparison.models[0]} minus each other: '
+                    f'{_words(comparison.stats[0])}; smallest difference found at 80 % power, in points; p of the '
+                    f'corrected t; equivalence within {100*comparison.margin:g} points')]
     if len(comparison.areas):
-        tables.append(Table(comparison.areas.rename(columns=_SAID), "Differences of macro AUC, DeLong's paired test"))
+        tables.append(Table(_differences(comparison.areas, comparison.level), f'{comparison.models[0]}, macro AUC '
+                            f"{comparison.areas.area[0]:.3f}, minus each other: DeLong's paired test"))
     return tables + ([] if costs is None else [Table(costs, 'What each network costs')])
 
 
@@ -130,8 +141,9 @@ def plot_curves(
     "A measure along the training of each network, mean over its trainings, at most ten networks"
     for name, tables in list(histories.items())[:10]:
         wide = pd.concat([t.set_index('epoch')[column] for t in tables], axis=1)
-        ax.plot(wide.index, wide.mean(axis=1), lw=1.2, label=name)
+        ax.plot(wide.index + 1, wide.mean(axis=1), '-o', ms=3, lw=1.2, label=name)
     ax.set(xlabel='epoch', ylabel=column.replace('_', ' '))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=7)
     return ax
 
@@ -161,7 +173,8 @@ def comparison_report(
             *[f'No network beats these in both {stat} and {k.replace("_", " ")}: {", ".join(v)}.'
               for k, v in fronts.items()], *unknown]
     section = Section('Comparison', text, _tables(c, costs), _figures(c, costs, axes) + curves,
-                      numbers=dict(cells=c.cells, fronts=fronts))
+                      warnings=[i.note for i in [Interval(0., -1., 1., len(set(c.groups.tolist())))] if i.note],
+                      numbers=dict(cells=c.cells, fronts=fronts, paired=c.paired, areas=c.areas))
     return ReportData(title, question, list(stamps), top, [section], _LIMITS, dict(links or {}))
 
 def _counted(n, what): return f'{n} {what}' if n == 1 else f'{n} {what}s'

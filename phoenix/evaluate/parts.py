@@ -418,7 +418,8 @@ def robustness_section(
                 size=(4.6, 1. + .3*len(KINDS)))
     text = [f'{len(t)} test pictures, drawn by key. Attack: {found.attack}. What withstands it may fall to a stronger '
             'one.',
-            _began(found.masking) + ('' if surrogate else ' Attacks of another network were not carried over.'),
+            f'{_began(found.masking)} '*found.masking.passed + 'Attacks of another network were '
+            f'{"carried over too" if surrogate else "not carried over"}.',
             f'Mean error over {len(KINDS)} faults and severities {", ".join(map(str, levels))}: '
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']

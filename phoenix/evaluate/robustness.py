@@ -55,7 +55,7 @@ def share_right(
     found = bootstrap('accuracy', _as_answers(right), np.ones(right.shape[-1], int), groups, **options)
     return _sure(found, right)
 
-
+# %% ../../nbs/44_evaluate.robustness.ipynb #3fd09a11
 def robust_difference(
     a:np.ndarray, # `(N,)` or `(S,N)` booleans of the first network
     b:np.ndarray, # the same of the second on the same images
