@@ -413,11 +413,12 @@ def train(
     devices:int=1, # processes that share each batch, started by torchrun; on CUDA one for each device
     resume:Path|None=None, # run folder of a training that was ended: go on with it, in a new run folder
     published_split:bool=False, # train on a leaking split for comparison; stamps every output
+    shuffle_labels:bool=False, # a negative control for `phoenix report --control`: training labels are shuffled
     **recipe # of `training`
 )->Reply: # validation and test scores, and where run and model lie
     "Train a network on a certified split and package it"
     s, how = training(**recipe)
-    how |= dict(published_split=published_split, resume=bool(resume))
+    how |= dict(published_split=published_split, shuffle_labels=shuffle_labels, resume=bool(resume))
     run, scores = _run_of(folder, certificate, s, how, devices, resume)
     facts = dict(run=str(run.path), model=str(run.path/"model"), scores=scores)
     return Reply(facts, lines([dict(part=k, **v) for k, v in scores.items()]) + f"\nmodel folder: {facts['model']}")
@@ -467,8 +468,8 @@ def _train(run, manifest, cert, s, how, devices=1):
     from phoenix.deploy.package import save_package
     trained, published_split = _trained(run, manifest, cert, s, how, devices), how["published_split"]
     (found, cut), test = _scores_of(trained), trained.test
-    seen = _look(cert, manifest, test.rows, test.probs, test.classes, f"{s.model}, seed {s.seed}", who="phoenix train",
-                 run=run)
+    why = f"{s.model}, seed {s.seed}" + ", shuffled labels"*how["shuffle_labels"]
+    seen = _look(cert, manifest, test.rows, test.probs, test.classes, why, who="phoenix train", run=run)
     run.record(**found, looks=seen.number)
     if published_split: run.note_published_split()
     save_package(run.file("model"), model_name=s.model,
@@ -667,7 +668,7 @@ def _inside(folder, certificate, n, seed):
                            "make` again")
     return manifest, cert, inner_certificates(manifest, cert, n=n, seed=seed)
 
-# %% ../nbs/91_cli.ipynb #0c6e0d29
+
 def _settings(**typed):
     "Settings, with those that were typed; a seed of 0 is one"
     return load_settings(**{k: v for k, v in typed.items() if v or k == "seed" and v is not None})
@@ -712,17 +713,19 @@ def _fold_areas(oof, n):
 @command(app, "compare", "phoenix compare snake=runs/folds plain=runs/folds-plain")
 def compare_networks(
     networks:list[str], # name=folder with out_of_fold.csv, or name=file; the first is the reference
-    output_dir:Path=Path("runs/comparison"), # gets report.html, report.json and three CSV files
+    output_dir:Path=Path("runs/comparison"), # gets report.html, report.json and four CSV files
     score:str="macro_recall", # that is tested; macro_recall, accuracy and macro_f1 are shown
+    margin:float=.02, # difference of that score that does not matter: within it two networks are called equal
 )->Reply: # differences with intervals and corrected tests, in words and as a table
-    "Compare networks on the same out-of-fold predictions"
+    "Compare networks on the same out-of-fold predictions, with learning curves and costs where their folders hold them"
     from phoenix.evaluate.compare import compare
-    from phoenix.evaluate.comparison import read_runs, verdicts, write_comparison
+    from phoenix.evaluate.comparison import area_verdicts, read_costs, read_runs, verdicts, write_comparison
     shown = dict.fromkeys((score, "macro_recall", "accuracy", "macro_f1"))
-    found = compare(read_runs(networks), stats=tuple(shown), n=load_settings().bootstraps)
-    page = write_comparison(output_dir, found)
-    facts = dict(report=str(page), scores=found.scores.to_dict("records"), paired=found.paired.to_dict("records"),
-                 verdicts=verdicts(found))
+    found = compare(read_runs(networks), stats=tuple(shown), n=load_settings().bootstraps, margin=margin)
+    costs, histories = read_costs(networks)
+    page = write_comparison(output_dir, found, costs=costs, histories=histories)
+    facts = dict(report=str(page), verdicts=[*verdicts(found), *area_verdicts(found)], costs=costs.to_dict("records"),
+                 **{k: getattr(found, k).to_dict("records") for k in ("scores", "paired", "areas")})
     return Reply(facts, "\n".join([lines(facts["scores"]), "", *facts["verdicts"], "", f"report: {page}"]))
 
 # %% ../nbs/91_cli.ipynb #009eccb7
@@ -734,20 +737,30 @@ def report_models(
     output_dir:Path=Path("runs/report"), # gets report.html, report.json, predictions.csv and tables
     effort:str="full", # 'brief', 'quick' or 'full'
     seed:int=42, # key of all draws
+    masks:Path|None=None, # folder of masks under the names of the pictures, as PNG: lit where a map should point
+    strangers:Path|None=None, # folder of pictures that are no such slices; a folder inside it is a kind of its own
+    control:list[Path]|None=None, # run of `phoenix train --shuffle-labels` with a network that is judged
 )->Reply: # where the page is, and the headlines
     "Judge models on the test side of a split: headlines, calibration, doubt, strangers, attacks, maps, refusals"
     from phoenix.deploy.package import load_package
-    from phoenix.evaluate.judge import Record, judge, judge_several
+    from phoenix.evaluate.judge import judge, judge_several
     manifest, cert = _held(folder, certificate)
     if len({m.resolve() for m in models}) < len(models):
         raise PhoenixError("Each model must be named once, one is named twice; leave it out")
     packages = _called(models, [load_package(m) for m in models])
+    controls = _controls(control or [], cert, packages)
     subjects = [_subject(n, p, manifest, cert, seed) for n, p in packages.items()]
+    own = {s.name: _of_its_own(packages[s.name], manifest, s, masks, strangers, seed) for s in subjects}
     for s in subjects: _look(cert, manifest, s.test.rows, s.probs(), s.classes, s.name, who="phoenix report")
-    records = {n: Record(p.preprocess, ledger=_ledger(cert, manifest, p.classes)) for n, p in packages.items()}
+    records = {s.name: _record(s, packages[s.name], controls.get(s.name), cert, manifest) for s in subjects}
     how = dict(effort=effort, seed=seed)
-    if len(subjects) > 1: page = judge_several(subjects, manifest, cert, output_dir, records=records, **how)
-    else: page = judge(subjects[0], manifest, cert, output_dir, record=records[subjects[0].name], **how)
+    if len(subjects) > 1:
+        costs, histories = _training_costs(packages)
+        page = judge_several(subjects, manifest, cert, output_dir, records=records, own=own, costs=costs,
+                             histories=histories, **how)
+    else:
+        [s] = subjects
+        page = judge(s, manifest, cert, output_dir, record=records[s.name], **own[s.name], **how)
     score, found = _in_short(subjects)
     rows = [{"model": k, score: v} for k, v in found.items()]
     return Reply({"report": str(page), score: found}, f"{lines(rows)}\n\nreport: {page}")
@@ -782,6 +795,105 @@ def _ledger(cert, manifest, classes):
     from phoenix.evaluate.vault import test_vault
     runs = load_settings().runs_dir
     return test_vault(cert, manifest, runs, classes=list(classes)).verify(runs)
+
+# %% ../nbs/91_cli.ipynb #b7d20a91
+def _controls(folders, cert, packages):
+    "The control of each judged model, by architecture"
+    from phoenix.deploy.package import load_package
+    from phoenix.records import read_json
+    def name(p): return p.info["architecture"]["name"]
+    found = {}
+    for f in folders:
+        stated = read_json(f/"parameters.json") if (f/"parameters.json").is_file() else {}
+        if not stated.get("shuffle_labels"):
+            raise PhoenixError(f"A control must be a run of `phoenix train --shuffle-labels`, {f.name!r} is none; "
+                               "train one")
+        p = load_package(f/"model")
+        if p.info["certificate_sha256"] != cert.sha256:
+            raise PhoenixError(f"A control must be trained on the split that judges, {f.name!r} was on another; train "
+                               "it anew")
+        mine = [k for k, q in packages.items() if name(q) == name(p)]
+        if not mine:
+            raise PhoenixError(f"A control must be of a network that is judged, {f.name!r} is a {name(p)}; leave it "
+                               "out")
+        found |= dict.fromkeys(mine, p)
+    return found
+
+
+def _record(subject, package, control, cert, manifest):
+    "What is known of a model besides its answers: what stands before it, its control, the looks"
+    from phoenix.evaluate.judge import Record
+    from phoenix.evaluate.metrics import softmax
+    from phoenix.evaluate.statistics import shuffled_band
+    from phoenix.evaluate.uncertainty import logits_of
+    ledger = _ledger(cert, manifest, package.classes)
+    if control is None: return Record(package.preprocess, ledger=ledger)
+    import torch
+    x = torch.from_numpy(control.images(_files(control, manifest.root, subject.test.rows)))
+    probs = softmax(logits_of(control.model(), x))[:, [control.classes.index(c) for c in subject.classes]]
+    middle = lambda side: side.x[:, side.x.shape[1]//2].numpy()
+    band = shuffled_band(middle(subject.train), subject.train.targets, middle(subject.test), subject.test.targets)
+    return Record(package.preprocess, control=probs, band=band, ledger=ledger)
+
+# %% ../nbs/91_cli.ipynb #b7d20a93
+_STRANGERS = 400 # most pictures of a kind, drawn by key
+
+
+def _of_its_own(package, manifest, subject, masks, strangers, seed):
+    "Options of `judge` that hang on the pixels of one model"
+    made = {}
+    if masks:
+        there = [p for p in subject.test.rows.path if _mask_file(masks, p)]
+        if not there:
+            raise PhoenixError(f"Masks must lie under the names of the pictures, {Path(masks).name!r} has none for any "
+                               f"test picture, first {subject.test.rows.path.iloc[0]!r}; rename them")
+        size = tuple(subject.test.x.shape[-2:])
+        made["masks"] = lambda path: _mask(manifest.root/path, _mask_file(masks, path), size)
+    if strangers: made["strangers"] = _strange(package, Path(strangers), seed)
+    return made
+
+
+def _mask_file(folder, path):
+    "The mask of a picture, None where there is none"
+    named = (Path(folder)/path, (Path(folder)/path).with_suffix(".png"))
+    return next((f for f in named if f.is_file()), None)
+
+
+def _mask(picture, file, size):
+    "A mask at the network's size; empty where there is no file"
+    import cv2
+    import numpy as np
+    from phoenix.data.pixels import read_pixels
+    if file is None: return np.zeros(size, bool)
+    lit, shape = read_pixels(file).grey > 0, read_pixels(picture).grey.shape
+    if lit.shape != shape:
+        raise PhoenixError(f"A mask must be as large as its picture, {file.name!r} is {lit.shape}, the picture is "
+                           f"{shape}; make it of the same picture")
+    return cv2.resize(lit.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA) >= .5
+
+# %% ../nbs/91_cli.ipynb #b7d20a95
+def _strange(package, folder, seed):
+    "Kinds of strange pictures as the model takes them"
+    import torch
+    from phoenix.keys import permutation
+    if not folder.is_dir(): raise PhoenixError(f"The folder of strangers must exist, {folder.name!r} was not found")
+    kinds = {f.name: sorted(p for p in f.rglob("*") if p.is_file()) for f in sorted(folder.iterdir()) if f.is_dir()}
+    kinds |= {folder.name: sorted(p for p in folder.iterdir() if p.is_file())}
+    some = lambda v: [v[i] for i in sorted(permutation(len(v), seed, "strangers")[:_STRANGERS])]
+    kinds = {k: some(v) for k, v in kinds.items() if v}
+    if not kinds: raise PhoenixError(f"The folder of strangers must hold pictures, {folder.name!r} is empty; fill it")
+    n = package.info["pixels"].get("slices", 1)
+    return {k: torch.from_numpy(package.images([(p,)*n for p in v])) for k, v in kinds.items()}
+
+
+def _training_costs(packages):
+    "Seconds of training and histories of models that lie in the run that made them"
+    import pandas as pd
+    from phoenix.evaluate.comparison import read_trainings
+    own = {n: p.path.resolve().parent for n, p in packages.items()}
+    found = {n: t for n, f in own.items() if f.name == packages[n].info["run_hash"] and (t := read_trainings(f))}
+    spent = {n: float(t[0].seconds.sum()) for n, t in found.items()}
+    return pd.DataFrame([dict(model=n, training_seconds=spent.get(n, float("nan"))) for n in own]), found
 
 # %% ../nbs/91_cli.ipynb #e82205f5
 def _for_experiment(params, experiment):

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 
 from .metrics import auc, confusion, roc_points
 from .statistics import across_seeds, bootstrap, paired_difference
-from .tests import adjust, corrected_t, detectable, pareto
+from .tests import adjust, corrected_t, delong_models, detectable, equivalence, pareto
 from ..plots import style
 from ..settings import PhoenixError, did_you_mean
 from ..train.ensembles import align
@@ -40,10 +40,12 @@ class Comparison:
     folds:np.ndarray # `(N,)` fold whose networks predicted the picture
     scores:pd.DataFrame # model, score, mean over seeds, sd over seeds, low, high, method
     cells:pd.DataFrame # model, seed, fold, value of the first score: one row for each training
-    paired:pd.DataFrame # model, against, difference, low, high, detectable, p, p_holm
+    paired:pd.DataFrame # model, against, difference, low, high, detectable, p, p_holm, equivalence
     stats:tuple # names of the scores; the first is tested
     level:float # coverage of the intervals
     n:int # resamples behind them
+    areas:pd.DataFrame # model, against, area, other_area, difference, low, high, p, p_holm; empty where undefined
+    margin:float # difference of the first score that does not matter
 
     @property
     def models(self)->list[str]: # the first is the reference
@@ -98,13 +100,28 @@ def _holm(p):
     return p
 
 # %% ../../nbs/47_evaluate.compare.ipynb #97c2706c
-def _paired_table(probs, targets, groups, cells, reference, sizes, stat, **how):
+def _paired_table(probs, targets, groups, cells, reference, sizes, stat, margin, **how):
     "Reference minus each other network"
     def row(other):
-        d = paired_difference(probs[reference], probs[other], targets, groups, stat=stat, **how)
-        t = _test(cells, reference, other, *sizes)
+        both = probs[reference], probs[other], targets, groups
+        d, t = paired_difference(*both, stat=stat, **how), _test(cells, reference, other, *sizes)
+        near = equivalence(*both, margin=margin, stat=stat, n=how['n'], seed=how['seed'])
+        agree = d.low == d.high # few groups: the resamples say nothing of others
         return dict(model=reference, against=other, difference=d.value, low=d.low, high=d.high,
-                    detectable=detectable(d), p=t.p if t else np.nan)
+                    detectable=np.nan if agree else detectable(d), p=t.p if t else np.nan,
+                    equivalence='not shown' if agree else near.verdict)
+    table = pd.DataFrame([row(other) for other in probs if other != reference])
+    table.insert(7, 'p_holm', _holm(table.p))
+    return table
+
+
+def _area_table(probs, targets, groups, reference, level):
+    "DeLong's paired test of the macro areas, reference minus each other network; no rows where one class is there"
+    if len(np.unique(targets)) < 2: return pd.DataFrame()
+    def row(other):
+        t = delong_models(probs[reference], probs[other], targets, groups, level=level)
+        return dict(model=reference, against=other, area=t.areas[0], other_area=t.areas[1],
+                    difference=t.difference.value, low=t.difference.low, high=t.difference.high, p=t.p)
     table = pd.DataFrame([row(other) for other in probs if other != reference])
     return table.assign(p_holm=_holm(table.p))
 
@@ -115,6 +132,7 @@ def compare(
     stats:Sequence[str]=('accuracy', 'macro_recall', 'macro_f1'), # scores; the first is tested
     only:Sequence[str]|None=None, # classes whose pictures count; all when None
     n_train:int|None=None, # training pictures of a fold; counted from the tables when None
+    margin:float=.02, # largest difference of the first score that does not matter
     n:int=2000, # resamples of each interval
     seed:int=42, # key of the draws
     level:float=.95, # coverage
@@ -126,9 +144,11 @@ def compare(
     counted = sum(len(str(s).split()) for s in first.table.seen)//n_folds
     sizes = max(n_train or counted, 1), len(first)//n_folds
     cells = _cell_table(probs, targets, folds, stats[0])
-    paired = _paired_table(probs, targets, groups, cells, next(iter(probs)), sizes, stats[0], **how)
-    return Comparison(first.classes, probs, targets, groups, folds,
-                      _score_table(probs, targets, groups, stats, **how), cells, paired, tuple(stats), level, n)
+    reference = next(iter(probs))
+    paired = _paired_table(probs, targets, groups, cells, reference, sizes, stats[0], margin, **how)
+    areas = _area_table(probs, targets, groups, reference, level)
+    return Comparison(first.classes, probs, targets, groups, folds, _score_table(probs, targets, groups, stats, **how),
+                      cells, paired, tuple(stats), level, n, areas, margin)
 
 # %% ../../nbs/47_evaluate.compare.ipynb #18746639
 def front(
@@ -195,7 +215,7 @@ def plot_paired(
         ax.set_yticks(range(len(t)), t.against)
         ax.set(xlabel=f'{t.model.iloc[0]} minus …, points of {comparison.stats[0].replace("_", " ")}',
                ylim=(len(t) - .5, -.5))
-        clear = int(((t.low > 0) | (t.high < 0)).sum())
+        clear = int((((t.low > 0) | (t.high < 0)) & (t.low < t.high)).sum())
         ax.set_title(f'{clear} of {len(t)} differences are clear of 0', loc='right', fontsize=9)
     return ax
 
@@ -244,8 +264,10 @@ def plot_radar(
         for r in (.25, .5, .75, 1): ax.plot(*np.c_[r*spokes, r*spokes[:, :1]], color='0.85', lw=.7)
         for name, v in t.iterrows():
             ax.plot(*np.c_[v.to_numpy()*spokes, v.iloc[0]*spokes[:, :1]], '-o', ms=3, lw=1.2, label=name)
-        for c, (x, y) in zip(t, 1.12*spokes.T): ax.text(x, y, c.replace('_', ' '), ha='center', va='center', fontsize=8)
-        ax.set(aspect='equal', xlim=(-1.4, 1.4), ylim=(-1.7, 1.3))
+        for c, (x, y) in zip(t, 1.12*spokes.T):
+            side = 'center' if abs(x) < .2 else 'left' if x > 0 else 'right'
+            ax.text(x, y, c.replace('_', ' '), ha=side, va='center', fontsize=8)
+        ax.set(aspect='equal', xlim=(-1.9, 1.9), ylim=(-1.7, 1.3))
         ax.set_axis_off()
         ax.legend(fontsize=7, loc='lower left')
         ax.set_title('Recall of each class; rings at 25, 50, 75, 100 %', fontsize=10)
@@ -324,7 +346,9 @@ def plot_front(
         ax.vlines(t[cost], t.low, t.high, color='0.8', lw=1)
         ax.scatter(t[cost], t['mean'], c=np.where(on, '#d55e00', '#0072b2'), s=18, zorder=3)
         for name, x, y in zip(t.model, t[cost], t['mean']):
-            ax.annotate(name, (x, y), (3, 3), textcoords='offset points', fontsize=6)
+            far = x > np.sqrt(t[cost].min()*t[cost].max()) # its name stands on the left, inside the axes
+            ax.annotate(name, (x, y), (-3 if far else 3, 3), textcoords='offset points', fontsize=7,
+                        ha='right' if far else 'left')
         ax.set(xscale='log', xticks=np.geomspace(t[cost].min(), t[cost].max(), 4), ylabel=stat.replace('_', ' '),
                xlabel=cost.replace('_ms', ', ms').replace('_', ' '))
         ax.xaxis.set_major_formatter(lambda x, _: f'{x:.3g}' if x < 1e4 else f'{x/1e6:.3g} M')

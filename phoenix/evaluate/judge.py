@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..data.acquire import Manifest
 from ..data.audit import audit
@@ -188,6 +189,7 @@ def judged_sections(
     effort:str|Effort = 'full', # of `EFFORTS`, or one of your own
     strangers:Mapping[str, Tensor]|None = None, # kind and pixels, as for `stranger_section`
     masks:Callable|None = None, # as for `explanation_section`
+    surrogate:nn.Module|None = None, # as for `robustness_section`
     said:Callable = print, # gets a line for each part
     seed:int = 42, # key of draws
 )->list[Section]: # everything that follows from network and pictures alone
@@ -202,7 +204,7 @@ def judged_sections(
         strangers=lambda: stranger_section(subject, strangers=strangers, pictures=e.strange, n=min(e.n, 1000),
                                            seed=seed),
         robustness=lambda: robustness_section(subject, eps=e.eps, attack=e.attack, pictures=e.attacked, levels=e.levels,
-                                              seed=seed, **e.options),
+                                              surrogate=surrogate, seed=seed, **e.options),
         explanations=lambda: explanation_section(subject, maps=e.maps, pictures=e.explained, masks=masks, steps=e.steps,
                                                  seed=seed),
         controls=lambda: blank_section(subject, pictures=e.strange, seed=seed),
@@ -286,12 +288,14 @@ def judge(
     question:str = 'What does it do on pictures it has not seen, and how surely is that known?', # one sentence
     strangers:Mapping[str, Tensor]|None = None, # kind and pixels
     masks:Callable|None = None, # path → `(H,W)` bool
+    surrogate:nn.Module|None = None, # another network for the same pixels
     said:Callable = print, # gets a line for each part
     seed:int = 42, # key of draws
 )->Path: # the HTML file
     "Judge a network and write the page, its numbers and its tables"
     about = data_sections(manifest, certificate) if record.data is None else record.data
-    judged = judged_sections(subject, effort=effort, strangers=strangers, masks=masks, said=said, seed=seed)
+    judged = judged_sections(subject, effort=effort, strangers=strangers, masks=masks, surrogate=surrogate, said=said,
+                             seed=seed)
     ledger, t = record.ledger, subject.test
     looks = [] if ledger is None else [vault_section(ledger.table(), ledger.reasons)]
     leaky = certificate.kind == 'published'
@@ -354,6 +358,17 @@ def _write_tables(folder, subject, sections):
             write_text(folder/'tables'/f'{name}.csv', frame.to_csv(index=False))
 
 # %% ../../nbs/49a_evaluate.judge.ipynb #ed5c4527
+def _next(subjects, i):
+    "The next network that takes the same pixels, None where there is none"
+    def same(a, b): return a.shape == b.shape and torch.equal(a, b)
+    after = [*subjects[i + 1:], *subjects[:i]]
+    return next((s.model for s in after if same(s.test.x, subjects[i].test.x)), None)
+
+def _priced(subjects, known):
+    "Parameters of each network, and what else is known of its costs"
+    made = [dict(model=s.name, parameters=sum(p.numel() for p in s.model.parameters())) for s in subjects]
+    return pd.DataFrame(made) if known is None else pd.DataFrame(made).merge(known, on='model', how='left')
+
 def _as_out_of_fold(subject):
     "Test predictions in the form that networks are compared in"
     t = subject.test
@@ -362,6 +377,7 @@ def _as_out_of_fold(subject):
     logits = pd.DataFrame(subject.logits['test'], columns=[f'logit {c}' for c in subject.classes])
     return OutOfFold(table.join(logits), subject.classes)
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #5c1e77a1
 def judge_several(
     subjects:Sequence[Subject], # networks of the same split; the first is the reference
     manifest:Manifest, # of the set
@@ -370,6 +386,10 @@ def judge_several(
     *,
     records:Mapping[str, Record]|None = None, # name → what else is known of it
     data:Sequence[Section]|None = None, # of `data_sections`; made anew when None
+    own:Mapping[str, dict]|None = None, # name → options of `judge` that are its own, such as strangers and masks
+    costs:pd.DataFrame|None = None, # column `model` and one for each cost; parameters are counted here
+    histories:Mapping[str, Sequence[pd.DataFrame]]|None = None, # name → one history a training
+    margin:float = .02, # largest difference that does not matter
     n_train:int|None = None, # training pictures, for the corrected test; counted when None
     **how # of `judge`
 )->Path: # the HTML file of the comparison
@@ -378,10 +398,13 @@ def judge_several(
     if len(set(names)) < max(2, len(names)):
         raise PhoenixError(f'networks to compare must be two or more with names of their own, got {names}: rename')
     about = data_sections(manifest, certificate) if data is None else data
-    pages = {s.name: judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name), **how,
-                           record=replace((records or {}).get(s.name, Record()), data=about)) for s in subjects}
+    pages = {s.name: judge(s, manifest, certificate, Path(folder)/re.sub(r'\W+', '-', s.name),
+                           surrogate=_next(subjects, i), **how, **(own or {}).get(s.name, {}),
+                           record=replace((records or {}).get(s.name, Record()), data=about))
+             for i, s in enumerate(subjects)}
     seen = n_train or len(certificate.paths('train'))
-    comparison = compare({s.name: [_as_out_of_fold(s)] for s in subjects}, n_train=seen)
+    comparison = compare({s.name: [_as_out_of_fold(s)] for s in subjects}, n_train=seen, margin=margin)
     on = dict(synthetic=manifest.synthetic, published=certificate.kind == 'published')
     links = {f'{n} by itself': p.relative_to(folder).as_posix() for n, p in pages.items()}
-    return write_comparison(folder, comparison, stamps=[s for s in on if on[s]], links=links)
+    return write_comparison(folder, comparison, costs=_priced(subjects, costs), histories=histories,
+                            stamps=[s for s in on if on[s]], links=links)

@@ -464,35 +464,33 @@ def robustness_section(
     attack:str = 'auto', # 'auto' or, for a quick look, 'pgd'
     pictures:int = 200, # test pictures that are attacked, drawn by key
     levels:Sequence[int] = (1, 3, 5), # severities of the faults
+    surrogate:nn.Module|None = None, # another network for the same pixels, whose attacks are carried over as a check
     seed:int = 42, # key
     **options # of the attack: steps, queries, restarts
 )->Section: # accuracy by bound with its checks, and by fault and severity
     "What the network withstands"
     t = subject.test.some(pictures, seed)
     y = torch.as_tensor(t.targets)
-    found = robustness(subject.model, t.x, y, t.units, eps=eps, attack=attack, seed=seed, **options)
+    found = robustness(subject.model, t.x, y, t.units, eps=eps, attack=attack, surrogate=surrogate, seed=seed,
+                       **options)
     faults = corruption_benchmark(subject.model, t.x, y, t.units, kinds=KINDS, levels=levels, seed=seed)
     curve = draw(partial(plot_robustness, {subject.name: found}), 'Accuracy under attack.', size=(4.6, 3.2))
     grid = draw(partial(plot_corruptions, faults), 'Accuracy under the faults of a scanner.',
                 size=(4.6, 1. + .3*len(KINDS)))
     text = [f'{len(t)} test pictures, drawn by key. Attack: {found.attack}. What withstands it may fall to a stronger '
             'one.',
-            f'{str(found.masking).capitalize()}.',
+            f'{_began(found.masking)} '*found.masking.passed + 'Attacks of another network were '
+            f'{"carried over too" if surrogate else "not carried over"}.',
             f'Mean error over {len(KINDS)} faults and severities {", ".join(map(str, levels))}: '
             f'{show(mean_corruption_error(faults), "%")}, on clean pictures '
             f'{show(float(1 - faults.clean.mean()), "%")}.']
-    return Section('Attacks and scanner faults', text, [Table(_bounds(_sure(found.table())), 'Accuracy under attack'),
+    return Section('Attacks and scanner faults', text, [Table(_bounds(found.table()), 'Accuracy under attack'),
                    Table(found.masking.table, 'Checks for hidden gradients'),
                    Table(faults.table(), 'Share answered wrongly under each fault')],
-                   [curve, grid], warnings=[] if found.masking.passed else [f'{found.masking}.'.capitalize()],
-                   numbers=dict(attack=found.attack, pictures=len(t), accuracy=_sure(found.table())))
+                   [curve, grid], warnings=[] if found.masking.passed else [_began(found.masking)],
+                   numbers=dict(attack=found.attack, pictures=len(t), accuracy=found.table()))
 
-def _sure(table):
-    "Where none or all are right, resamples know no other: the ends are then those of Clopper and Pearson over groups"
-    t, far = table.copy(), .025**(1/table.groups)
-    t['high'] = np.where(t.accuracy == 0, 1 - far, t.high)
-    t['low'] = np.where(t.accuracy == 1, far, t.low)
-    return t
+def _began(x): return f'{str(x)[:1].upper()}{str(x)[1:]}.'
 
 def _bounds(table):
     "The table of an attack as people write it"

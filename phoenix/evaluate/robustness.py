@@ -10,7 +10,7 @@ __all__ = ['ATTACKS', 'share_right', 'robust_difference', 'Robustness', 'robustn
 
 # %% ../../nbs/44_evaluate.robustness.ipynb #af578bf8
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,6 +37,14 @@ def _as_answers(right):
     return np.eye(2)[np.asarray(right).astype(int)]
 
 
+def _sure(found, shares):
+    "Where all or none are right, resamples know no other: the end is then that of Clopper and Pearson over groups"
+    far = ((1 - found.level)/2)**(1/found.n_groups)
+    if (shares == 0).all(): return replace(found, high=1 - far, method='Clopper and Pearson')
+    if (shares == 1).all(): return replace(found, low=far, method='Clopper and Pearson')
+    return found
+
+
 def share_right(
     right:np.ndarray, # `(N,)` booleans, or `(S,N)` of S seeds
     groups:Sequence|None, # `(N,)` patient or cluster of each image; None: every image its own
@@ -44,9 +52,10 @@ def share_right(
 )->Interval: # the share and its grouped interval
     "Accuracy from a table of right and wrong"
     right = np.asarray(right)
-    return bootstrap('accuracy', _as_answers(right), np.ones(right.shape[-1], int), groups, **options)
+    found = bootstrap('accuracy', _as_answers(right), np.ones(right.shape[-1], int), groups, **options)
+    return _sure(found, right)
 
-
+# %% ../../nbs/44_evaluate.robustness.ipynb #3fd09a11
 def robust_difference(
     a:np.ndarray, # `(N,)` or `(S,N)` booleans of the first network
     b:np.ndarray, # the same of the second on the same images
@@ -154,7 +163,7 @@ def robustness(
                               queries=min(200, options.get('queries', 200))).table.to_dict('records')
     for _ in _complete(found, lambda: is_right(model, x, y), eps, ask, check, checks):
         if keep: write_json(keep, found)
-    masking = Masking(pd.DataFrame(found['checks'], columns=['check', 'passed', 'seen']))
+    masking = Masking(pd.DataFrame(found['checks'], columns=['check', 'passed', 'seen']), eps[0])
     told = '; '.join(f'{n}: {a}' if a else n for n, a in found['attacks'].items())
     return Robustness(told or 'no attack: no clean image is right', (0., *eps), np.array(found['right'], bool),
                       None if groups is None else np.asarray(groups), y.numpy(force=True), masking, found['passes'])
@@ -171,7 +180,7 @@ def plot_robustness(
         for i, (name, curve) in enumerate(curves.items()):
             t, colour = curve.table(), plt.cm.tab10(i)
             ax.fill_between(t.eps_255, t.low, t.high, color=colour, alpha=.18, lw=0)
-            sign = '' if curve.masking.passed else ' (hides gradients)'
+            sign = '' if curve.masking.passed else ' (may hide gradients)'
             ax.plot(t.eps_255, t.accuracy, '-o', ms=4, color=colour, label=name + sign)
         ax.set(xlabel='largest change of a pixel (grey levels of 255)', ylabel='accuracy', ylim=(-.03, 1.03))
         ax.legend(fontsize=8)
@@ -201,7 +210,7 @@ def _mean_interval(values, groups, **options):
     "A mean with its grouped interval"
     probs = np.stack([1 - values, values], 1)
     mean = RowSums(lambda p, t: np.stack([p[:, 1], np.ones(len(p))], 1), lambda s: s[..., 0]/s[..., 1])
-    return bootstrap(mean, probs, np.ones(len(values), int), groups, **options)
+    return _sure(bootstrap(mean, probs, np.ones(len(values), int), groups, **options), values)
 
 # %% ../../nbs/44_evaluate.robustness.ipynb #e37277a2
 def corruption_benchmark(

@@ -23,15 +23,18 @@ from .autoattack import apgd, square
 class Masking:
     "The checks for hidden gradients, and what each of them saw"
     table:pd.DataFrame # one row per check: check, passed, seen
+    eps:float|None=None # the bound that they were made at
 
     @property
     def passed(self)->bool: return bool(self.table.passed.all())
 
     def __str__(self):
-        failed = self.table[~self.table.passed]
-        if not len(failed): return f'no sign of hidden gradients in {len(self.table)} checks'
-        return (f'{len(failed)} of {len(self.table)} checks for hidden gradients failed, so the robust accuracy is not '
-                'to be relied on: ' + '; '.join(f'{r.check} ({r.seen})' for r in failed.itertuples()))
+        failed, n = self.table[~self.table.passed.astype(bool)], len(self.table)
+        if not n: return 'no check for hidden gradients could be made'
+        at = '' if self.eps is None else f', checked at ε {255*self.eps:.3g}/255'
+        if not len(failed): return f'no sign of hidden gradients in {n} checks{at}'
+        return (f'{len(failed)} of {n} checks for hidden gradients failed{at}, so the robust accuracy is not to be '
+                'relied on: ' + '; '.join(f'{r.check} ({r.seen})' for r in failed.itertuples()))
 
 # %% ../../nbs/39d_train.masking.ipynb #3cd8d49e
 def _mean_loss(model, x, y):
@@ -94,4 +97,4 @@ def masking_checks(
     x, y = x.detach().as_subclass(Tensor), y.as_subclass(Tensor)
     rows = [*_answers(model, x, y, eps, mask), *_bounds(model, x, y, eps, mask, steps),
             *_order(model, x, y, eps, mask, steps, queries, surrogate)]
-    return Masking(pd.DataFrame(rows, columns=['check', 'passed', 'seen']))
+    return Masking(pd.DataFrame(rows, columns=['check', 'passed', 'seen']), eps)
