@@ -496,7 +496,7 @@ def _quantum_noise(g, n, sigma):
     gain = np.sqrt(f)*np.cos(np.pi*np.minimum(f, .5))**2
     return np.fft.ifft2(np.fft.fft2(g.normal(0, sigma, (n, n)))*gain).real/np.sqrt((gain**2).mean())
 
-
+# %% ../../nbs/11_data.phantom.ipynb #e2b56910
 def phantom_hounsfield(
     label:str, # one of `CLASSES`
     patient:int, # number of the patient, from 0

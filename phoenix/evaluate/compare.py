@@ -162,7 +162,7 @@ def front(
     t = _priced(comparison, costs, cost, stat)
     return t[pareto(np.stack([t['mean'], -t[cost]], 1))].sort_values(cost).model.tolist()
 
-
+# %% ../../nbs/47_evaluate.compare.ipynb #e17274bc
 def _priced(comparison, costs, cost, stat):
     "Scores and costs of the networks side by side"
     stat = stat or comparison.stats[0]

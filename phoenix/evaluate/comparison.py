@@ -240,7 +240,7 @@ def read_costs(
     return pd.DataFrame([dict(model=k, parameters=v, training_seconds=spent.get(k, np.nan))
                          for k, v in weights.items()]), histories
 
-
+# %% ../../nbs/48b_evaluate.comparison.ipynb #4718c603
 def _parameters(folder):
     "Parameters of the network of a cross-validation"
     plan, classes = read_json(folder/'folds.json'), load_out_of_fold(folder/'out_of_fold.csv').classes

@@ -287,6 +287,7 @@ def mask_boxes(
         sides.append(torch.stack([first, torch.where(line.any(1), last, 0)], 1))
     return torch.stack(sides, 2).flatten(1)
 
+# %% ../../nbs/45_evaluate.explain.ipynb #f88d074b
 def pointing(
     heat:Tensor, # `(B,H,W)`
     masks:Tensor, # `(B,H,W)` bool; images with an empty one are left out

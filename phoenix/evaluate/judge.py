@@ -264,6 +264,7 @@ def _answers(subject, manifest, certificate, record, unclaimed):
         '8b': f'{len(unclaimed)} sentences under “What this does not show”'} | _by_task(subject, record) | dict(
             record.facts)
 
+# %% ../../nbs/49a_evaluate.judge.ipynb #e0e32564
 def _by_task(subject, record):
     "Answers that differ where pictures have several labels"
     control = ', training on shuffled labels' if record.control is not None else ''
