@@ -30,7 +30,7 @@ def kept(run):
             "cpu_seconds": state["cpu_seconds"], "metrics": json.loads((run / "metrics.json").read_text())}
 
 
-def small(png, most=80_000):
+def small(png, most=40_000):
     "A picture of bounded size: fewer colours first, then fewer dots"
     image, share = Image.open(io.BytesIO(base64.b64decode(png))), 1.
     while len(base64.b64decode(png)) > most:
