@@ -43,7 +43,7 @@ def _verdict(r, alpha, level):
     "One difference as a sentence"
     value = Interval(r['difference'], r['low'], r['high'], 0, level)
     who = f"{r['model']} minus {r['against']}: {show(value, 'points')}"
-    if r['low'] == r['high']: return f'{who}; all resamples of so few groups agree, which is no certainty'
+    if r['low'] == r['high']: return f'{who}; no difference is shown, for all resamples agree, which is no certainty'
     if r['low'] <= 0 <= r['high']:
         return f"{who}; no difference is shown, {100*r['detectable']:.1f} points are the least this set would find"
     if r['p_holm'] != r['p_holm']: return f'{who}; clear of zero on these pictures, one split cannot say more'
