@@ -1,6 +1,7 @@
 "Shared fixtures, and the count of tests that may only grow"
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def real_data():
     if not (root / "sartajbhuvaji").is_dir():
         pytest.skip(f"real images are absent: neither PHOENIX_DATA nor {root.name} beside the checkout holds sartajbhuvaji/")
     return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium, or a skip that says it is absent"
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path: pytest.skip("the browser is absent: install Debian's chromium to test the pages")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield b
+        b.close()
 
 
 @pytest.fixture(autouse=True)

@@ -251,24 +251,19 @@ def test_dciodvfy_finds_no_error(package, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_in_a_browser(package, tmp_path, width):
+def test_the_page_in_a_browser(browser, package, tmp_path, width):
     "Nothing wider than the window, every picture with words, the notice in sight"
-    playwright = pytest.importorskip("playwright.sync_api")
-    browser = shutil.which("chromium")
-    if not browser: pytest.skip("chromium is absent")
     page_file = save_reports(look(packed(series()), package, show=3), tmp_path, ("html",), WHEN)[0]
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = b.new_page(viewport=dict(width=width, height=800))
-        asked = []
-        page.on("request", lambda r: asked.append(r.url))
-        page.goto(page_file.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator("[role=note]").bounding_box()["y"] < 400 and page.locator("[role=note]").inner_text() == NOTICE
-        assert page.locator("img").count() == 3 == page.locator("img[alt]:not([alt=''])").count()
-        assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        assert all(u.startswith(("file:", "data:")) for u in asked)
-        b.close()
+    page = browser.new_page(viewport=dict(width=width, height=800))
+    asked = []
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(page_file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("[role=note]").bounding_box()["y"] < 400 and page.locator("[role=note]").inner_text() == NOTICE
+    assert page.locator("img").count() == 3 == page.locator("img[alt]:not([alt=''])").count()
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert all(u.startswith(("file:", "data:")) for u in asked)
+    page.close()
 
 
 @pytest.mark.slow

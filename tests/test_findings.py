@@ -21,3 +21,8 @@ def test_stored_outputs_follow_the_kept_metrics(name, monkeypatch):
         assert words(shell.run(cell.source)) == words(cell.outputs), f"run nbdev-test --save nbs/{name}.ipynb"
         assert not shell.exc, shell.exc
     assert sum(bool(c.outputs) for c in cells) >= 2
+
+
+@pytest.mark.parametrize("name", ["index", "findings"])
+def test_a_page_is_no_heavier_than_a_lesson(name):
+    assert (NBS/f"{name}.ipynb").stat().st_size <= 400_000, "400 KB at most: smaller pictures"

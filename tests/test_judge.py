@@ -137,9 +137,6 @@ def test_a_wrong_control_is_refused_before_a_look(place, monkeypatch):
     assert "on the split that judges" in refused("control-split") and "of a network that is judged" in refused("control-net")
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.fixture(scope="module")
 def pages(place, reports):
     "The judge's page, the page above two networks, and a comparison over folds from the command"
@@ -168,17 +165,7 @@ def _of(root):
     return package.model(), package.classes, package.images
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield b
-        b.close()
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="the browser is absent: install Debian's chromium to test the pages")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("kind", ["judged", "two", "compared"])
 def test_a_report_in_a_browser(browser, pages, kind, width):

@@ -2,31 +2,19 @@
 import base64
 import io
 import os
-import shutil
 
 import numpy as np
 import pytest
 
 from serving import Server, picture, post, save_model, save_network
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="the browser is absent: install Debian's "
-                                                   "chromium to test the page")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("page"), save_model(tmp_path_factory.mktemp("models")/"model"), "plan=Plan(None, None)") as s:
         yield s.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield b
-        b.close()
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
