@@ -21,7 +21,7 @@ from .compare import (CompareError, Comparison, class_recall, front, plot_confus
                                       plot_heatmap, plot_paired, plot_radar, plot_rocs, plot_scores)
 from .headlines import how_drawn
 from .report import MAIN, Headline, ReportData, Section, Table, draw, show, write_report
-from .statistics import Interval
+from .statistics import Interval, few_groups
 from ..models.zoo import create_model
 from ..records import read_json, write_text
 from ..train.folds import OutOfFold, load_out_of_fold
@@ -173,7 +173,7 @@ def comparison_report(
             *[f'No network beats these in both {stat} and {k.replace("_", " ")}: {", ".join(v)}.'
               for k, v in fronts.items()], *unknown]
     section = Section('Comparison', text, _tables(c, costs), _figures(c, costs, axes) + curves,
-                      warnings=[i.note for i in [Interval(0., -1., 1., len(set(c.groups.tolist())))] if i.note],
+                      warnings=[w for w in [few_groups(len(set(c.groups.tolist())))] if w],
                       numbers=dict(cells=c.cells, fronts=fronts, paired=c.paired, areas=c.areas))
     return ReportData(title, question, list(stamps), top, [section], _LIMITS, dict(links or {}))
 
