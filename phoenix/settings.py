@@ -6,11 +6,11 @@ Docs: https://phoenix-mri.github.io/phoenix/settings.html.md"""
 
 # %% auto #0
 __all__ = ['Fractions', 'PROFILES', 'NOT_SETTINGS', 'PhoenixError', 'SettingsError', 'did_you_mean', 'Settings', 'find_settings',
-           'load_settings', 'wait_briefly']
+           'load_settings', 'wait_briefly', 'steady_heap']
 
 # %% ../nbs/00_settings.ipynb #a167316b
-import configparser, difflib, os
-from collections.abc import Iterable, Mapping, MutableMapping
+import configparser, contextlib, ctypes, difflib, functools, os
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -165,3 +165,30 @@ def wait_briefly(
     "Let OpenMP's waiting threads spin for microseconds and then sleep, unless the environment has its own rule"
     env = os.environ if env is None else env
     if "OMP_WAIT_POLICY" not in env: env.setdefault("GOMP_SPINCOUNT", "1000")
+
+# %% ../nbs/00_settings.ipynb #4e0d7a11
+_held = [] # one entry for each `steady_heap` that is open
+_TRIM, _MMAP = -1, -3 # of mallopt(3): free bytes at the end of the heap that go back, and the size that is mapped apart
+
+
+@functools.cache
+def _glibc():
+    "The C library of this process where it is glibc"
+    try: return ctypes.CDLL(None) if os.confstr("CS_GNU_LIBC_VERSION") else None
+    except (AttributeError, OSError, ValueError): return None
+
+
+@contextlib.contextmanager
+def steady_heap()->Iterator[None]:
+    "Let freed memory stay with the process while one is open (glibc, and an environment without rules of its own)"
+    libc = None if any(k.startswith("MALLOC_") for k in os.environ) else _glibc()
+    if libc and not _held:
+        if not libc.mallopt(_MMAP, 2**31 - 1): libc.mallopt(_MMAP, 2**25) # the most that older ones take
+        libc.mallopt(_TRIM, -1)
+    _held.append(None)
+    try: yield
+    finally:
+        _held.pop()
+        if libc and not _held:
+            for what, size in ((_MMAP, 2**25), (_TRIM, 2**26)): libc.mallopt(what, size) # where glibc's own rule ends
+            libc.malloc_trim(0)

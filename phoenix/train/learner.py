@@ -42,7 +42,7 @@ from ..keys import preserve_rng, seed64, seeded
 from ..models.zoo import create_model
 from ..plots import style
 from ..records import write_text
-from ..settings import PhoenixError, did_you_mean
+from ..settings import PhoenixError, did_you_mean, steady_heap
 from .averaging import WeightAverage
 from .batches import Accumulate, HalfPrecision, find_batch_size
 from .checkpoints import (DISK_FULL, CheckpointError, newest_checkpoint, read_checkpoint, restore,
@@ -134,7 +134,7 @@ def _keyed(method):
     "The method, drawing from a key of its own, with the global random states restored"
     @functools.wraps(method)
     def inner(self, *args, **kwargs):
-        with seeded(seed64(self.seed, f'learner.{method.__name__}')): return method(self, *args, **kwargs)
+        with steady_heap(), seeded(seed64(self.seed, f'learner.{method.__name__}')): return method(self, *args, **kwargs)
     return inner
 
 
