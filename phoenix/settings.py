@@ -177,7 +177,7 @@ def _glibc():
     try: return ctypes.CDLL(None) if os.confstr("CS_GNU_LIBC_VERSION") else None
     except (AttributeError, OSError, ValueError): return None
 
-
+# %% ../nbs/00_settings.ipynb #4e0d7a15
 @contextlib.contextmanager
 def steady_heap()->Iterator[None]:
     "Let freed memory stay with the process while one is open (glibc, and an environment without rules of its own)"

@@ -35,6 +35,7 @@ def _laid_out_as(x:Tensor, g:Tensor)->Tensor:
     if torch.compiler.is_compiling(): return g
     return g.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
 
+# %% ../../nbs/21_models.attention.ipynb #b4088b2b
 class PointConv(nn.Conv2d):
     "A 1×1 convolution; of a profile whose channels lie side by side it is one product of matrices, which costs less"
     def __init__(self,

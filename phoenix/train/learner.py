@@ -134,7 +134,8 @@ def _keyed(method):
     "The method, drawing from a key of its own, with the global random states restored"
     @functools.wraps(method)
     def inner(self, *args, **kwargs):
-        with steady_heap(), seeded(seed64(self.seed, f'learner.{method.__name__}')): return method(self, *args, **kwargs)
+        with steady_heap(), seeded(seed64(self.seed, f'learner.{method.__name__}')):
+            return method(self, *args, **kwargs)
     return inner
 
 
