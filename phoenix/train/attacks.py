@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..keys import preserve_rng, torch_generator
-from ..settings import PhoenixError, did_you_mean
+from ..settings import PhoenixError, did_you_mean, steady_heap
 
 # %% ../../nbs/39_train.attacks.ipynb #b22422d0
 class AttackError(PhoenixError):
@@ -31,7 +31,7 @@ def attacking(
     "Evaluation mode and full precision for a block; the mode of each layer and the global random states come back"
     modes = [(m, m.training) for m in model.modules()]
     device = next((p.device.type for p in model.parameters()), 'cpu')
-    with preserve_rng(), torch.autocast(device, enabled=False):
+    with steady_heap(), preserve_rng(), torch.autocast(device, enabled=False):
         try: yield model.eval()
         finally:
             for m, training in modes: m.training = training
