@@ -131,7 +131,7 @@ def _batches(dl, done):
 
 # %% ../../nbs/33_train.learner.ipynb #ab78b22f
 def _keyed(method):
-    "The method, drawing from a key of its own, with the global random states restored"
+    "The method, drawing from a key of its own, with the global random states restored, in a heap that keeps its pages"
     @functools.wraps(method)
     def inner(self, *args, **kwargs):
         with steady_heap(), seeded(seed64(self.seed, f'learner.{method.__name__}')):
