@@ -86,6 +86,14 @@ def _slices(n:int, length:int, threads:int)->Iterator[slice]:
     step = max(1, (1+threads)*2**18//length)
     return (slice(s, s+step) for s in range(0, n, step))
 
+# %% ../../nbs/20_models.snake.ipynb #5acc4881
+_ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
+
+def _product(a:Tensor, b:Tensor)->Tensor:
+    "`a (n,L)` times the transpose of `b (m,L)`"
+    if _ONEDNN is None or a.dtype!=torch.float32 or a.numel()*len(b)<2**21: return a@b.t()
+    return _ONEDNN(a.contiguous(), b, None, 'none', [], '')
+
 # %% ../../nbs/20_models.snake.ipynb #c806b483
 with warnings.catch_warnings(): # torch says once per process that CSR tensors are in beta: take it here
     warnings.simplefilter('ignore')
@@ -119,7 +127,7 @@ class _BentLines(torch.autograd.Function):
         for part in _slices(N, length, torch.get_num_threads()):
             for p in range(P):
                 columns = _columns(x, rows[p,part], share[p,part], pitches[p]).to(weight.dtype)
-                torch.mm(columns, weight[p].t(), out=out[part,p*n:p*n+n])
+                out[part,p*n:p*n+n] = _product(columns, weight[p])
         ctx.save_for_backward(x, weight, share, rows)
         ctx.pitches, ctx.images = pitches, images
         return out
@@ -144,13 +152,13 @@ class _BentLines(torch.autograd.Function):
 def _backward_part(into:tuple, g:Tensor, x:Tensor, weight:Tensor, share:Tensor, rows:Tensor, pitch:int)->None:
     "Put the gradients of some images and one line into those of pixels, weights and shares"
     gx, gw, gs = into
-    worth = weight.new_empty(len(g), weight.shape[1])
+    worth, back = weight.new_empty(len(g), weight.shape[1]), weight.t().contiguous()
     parts = [*_slices(len(g), weight.shape[1], torch.get_num_threads())]
-    for part in parts: torch.mm(g[part], weight, out=worth[part])
+    for part in parts: worth[part] = _product(g[part], back)
     worth = worth.to(x.dtype).view(-1, x.shape[1])
     gs.copy_(_share_gradient(worth, x, rows, pitch))
     gx += _pixel_gradient(worth, rows, share, pitch, len(x))
-    for part in parts: gw += g[part].t()@_columns(x, rows[part], share[part], pitch).to(g.dtype)
+    for part in parts: gw += _product(g[part].t(), _columns(x, rows[part], share[part], pitch).to(g.dtype).t())
 
 # %% ../../nbs/20_models.snake.ipynb #79396ce9
 def _by_rows(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
