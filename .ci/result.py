@@ -22,7 +22,7 @@ def kept(run):
         sys.exit(f"result: a kept run must be sealed and from committed code, got {verdict.state}, "
                  f"dirty: {made['git']['dirty']}; commit and run it again")
     parameters = json.loads((run / "parameters.json").read_text())
-    if "data" in parameters: parameters["data"] = Path(parameters["data"]).name
+    parameters |= {k: Path(parameters[k]).name for k in ("data", "work") if parameters.get(k)}
     state = json.loads((run / "run.json").read_text())
     return {"run": run.name, "seal_sha256": sha256_file(run / "seal.json"), "notes": list(verdict.reasons),
             "parameters": parameters,

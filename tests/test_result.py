@@ -20,7 +20,7 @@ spec.loader.exec_module(result)
 def run_folder(folder, dirty=False):
     "The files of a run, as `kept` reads them"
     made = dict(phoenix="0", git=dict(revision="a", dirty=dirty), python="3", system="s", cpu="c", time="t")
-    for name, value in dict(provenance=made, parameters=dict(data="/here/clean4", n=1), run=dict(cpu_seconds=2.),
+    for name, value in dict(provenance=made, parameters=dict(data="/here/clean4", work="/there/w", n=1), run=dict(cpu_seconds=2.),
                             metrics=dict(score=.5), seal={}).items():
         (folder/f"{name}.json").write_text(json.dumps(value))
     return folder
@@ -37,7 +37,7 @@ def test_keeps_the_numbers_and_no_path(tmp_path, monkeypatch):
     monkeypatch.setattr(result, "verify_run", lambda run: SimpleNamespace(state="sealed", reasons=["phantom"]))
     kept = result.kept(run_folder(tmp_path))
     assert kept["metrics"] == dict(score=.5) and kept["cpu_seconds"] == 2 and kept["notes"] == ["phantom"]
-    assert kept["parameters"] == dict(data="clean4", n=1), "the folder's name, not where it lies"
+    assert kept["parameters"] == dict(data="clean4", work="w", n=1), "names of folders, not where they lie"
     assert kept["seal_sha256"] == result.sha256_file(tmp_path/"seal.json")
 
 
