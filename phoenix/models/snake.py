@@ -75,10 +75,14 @@ def snake_places(
     return (base + low.int()*pitch).view(P,-1,K), (move-low).view(P,-1,K)
 
 # %% ../../nbs/20_models.snake.ipynb #45fa72f8
-def _columns(x:Tensor, rows:Tensor, share:Tensor, pitch:int)->Tensor:
-    "What each tap reads: `(N,K*C)` from pixels `(R,C)` at `(N,K)` places"
-    two = torch.stack([rows, rows+pitch], -1).view(-1, 2), torch.stack([1-share, share], -1).view(-1, 2)
-    return F.embedding_bag(two[0], x, mode='sum', per_sample_weights=two[1]).view(len(rows), -1)
+def _between(rows:Tensor, share:Tensor, pitch:int)->tuple[Tensor,Tensor]:
+    "The lower and the upper pixel of each tap, and their weights: `(N,K,2)` both"
+    return torch.stack([rows, rows+pitch], -1), torch.stack([1-share, share], -1)
+
+def _columns(x:Tensor, places:Tensor, weights:Tensor)->Tensor:
+    "What each tap reads: `(N,K*C)` from pixels `(R,C)` at `(N,K,2)` places"
+    two, weights = places.view(-1,2), weights.view(-1,2)
+    return F.embedding_bag(two, x, mode='sum', per_sample_weights=weights).view(len(places), -1)
 
 # %% ../../nbs/20_models.snake.ipynb #2d8acce2
 def _slices(n:int, length:int, threads:int)->Iterator[slice]:
@@ -100,11 +104,10 @@ with warnings.catch_warnings(): # torch says once per process that CSR tensors a
     torch.sparse_csr_tensor(torch.tensor([0,1]), torch.tensor([0]), torch.ones(1), (1,1))
 
 # %% ../../nbs/20_models.snake.ipynb #138d4dc9
-def _pixel_gradient(worth:Tensor, rows:Tensor, share:Tensor, pitch:int, n:int)->Tensor:
+def _pixel_gradient(worth:Tensor, places:Tensor, weights:Tensor, n:int)->Tensor:
     "Each pixel gathers the worth `(N*K,C)` of the taps that read it: `(n,C)`"
-    places, weights = torch.stack([rows, rows+pitch], -1).numpy(), torch.stack([1-share, share], -1).numpy()
-    ptr = np.arange(0, places.size+1, 2, dtype=np.int32)
-    t = csr_array((weights.ravel(), places.ravel(), ptr), shape=(len(worth), n)).tocsc()
+    ptr = np.arange(0, places.numel()+1, 2, dtype=np.int32)
+    t = csr_array((weights.flatten().numpy(), places.flatten().numpy(), ptr), shape=(len(worth), n)).tocsc()
     idx, ptr, data = (torch.from_numpy(o) for o in (t.indices, t.indptr, t.data))
     return F.embedding_bag(idx.int(), worth, ptr.int(), mode='sum', per_sample_weights=data, include_last_offset=True)
 
@@ -124,9 +127,10 @@ class _BentLines(torch.autograd.Function):
     def forward(ctx, x, weight, share, rows, pitches, images):
         (P, n, length), N = weight.shape, rows.shape[1]
         out = weight.new_empty(N, P*n)
-        for part in _slices(N, length, torch.get_num_threads()):
-            for p in range(P):
-                columns = _columns(x, rows[p,part], share[p,part], pitches[p]).to(weight.dtype)
+        for p in range(P):
+            places, weights = _between(rows[p], share[p], pitches[p])
+            for part in _slices(N, length, torch.get_num_threads()):
+                columns = _columns(x, places[part], weights[part]).to(weight.dtype)
                 out[part,p*n:p*n+n] = _product(columns, weight[p])
         ctx.save_for_backward(x, weight, share, rows)
         ctx.pitches, ctx.images = pitches, images
@@ -153,12 +157,13 @@ def _backward_part(into:tuple, g:Tensor, x:Tensor, weight:Tensor, share:Tensor, 
     "Put the gradients of some images and one line into those of pixels, weights and shares"
     gx, gw, gs = into
     worth, back = weight.new_empty(len(g), weight.shape[1]), weight.t().contiguous()
+    places, weights = _between(rows, share, pitch)
     parts = [*_slices(len(g), weight.shape[1], torch.get_num_threads())]
     for part in parts: worth[part] = _product(g[part], back)
     worth = worth.to(x.dtype).view(-1, x.shape[1])
     gs.copy_(_share_gradient(worth, x, rows, pitch))
-    gx += _pixel_gradient(worth, rows, share, pitch, len(x))
-    for part in parts: gw += _product(g[part].t(), _columns(x, rows[part], share[part], pitch).to(g.dtype).t())
+    gx += _pixel_gradient(worth, places, weights, len(x))
+    for part in parts: gw += _product(g[part].t(), _columns(x, places[part], weights[part]).to(g.dtype).t())
 
 # %% ../../nbs/20_models.snake.ipynb #79396ce9
 def _by_rows(x:Tensor, weight:Tensor, offsets:Tensor, geo:_Geometry)->Tensor:
