@@ -384,6 +384,29 @@ def test_global_random_state_is_left_alone():
     assert states() == before
 
 
+def test_trainings_answers_and_attacks_hold_one_heap():
+    "Freed memory stays with the process while they work (`steady_heap`), and no longer"
+    import torch
+    from fastai.callback.core import Callback
+    from phoenix import settings
+    from phoenix.train.attacks import pgd
+    seen = []
+
+    class Look(Callback):
+        def after_batch(self): seen.append(len(settings._held))
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(len(settings._held))
+            return super().forward(x.flatten(1))
+    learn = toy().add_cb(Look())
+    for work in (lambda: learn.fit(1), learn.validate, learn.get_preds,
+                 lambda: pgd(Net(4, 2), torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long), steps=1)):
+        seen.clear()
+        with learn.no_bar(), learn.no_logging(): work()
+        assert seen and min(seen) > 0 and not settings._held
+
+
 # what a setting of a training is called in the record of a run
 RECORDED = {"seed": ("seed", 7), "size": ("preprocess.size", 48), "batch_size": ("batch_size", 6), "epochs": ("epochs", 1),
             "seconds": ("seconds", 600.), "lr": ("lr", .002), "weight_decay": ("weight_decay", .03), "patience": ("patience", 3),
