@@ -401,7 +401,7 @@ def test_trainings_answers_and_attacks_hold_one_heap():
             return super().forward(x.flatten(1))
     learn = toy().add_cb(Look())
     for work in (lambda: learn.fit(1), learn.validate, learn.get_preds,
-                 lambda: pgd(Net(4, 2), torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long), steps=1)):
+                 lambda: pgd(Net(4, 2), torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long), eps=.01, steps=1)):
         seen.clear()
         with learn.no_bar(), learn.no_logging(): work()
         assert seen and min(seen) > 0 and not settings._held
