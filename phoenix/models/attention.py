@@ -49,7 +49,8 @@ class PointConv(nn.Conv2d):
     )->Tensor: # `(B,c_out,H,W)`
         "As a convolution, or as a product of matrices"
         if not _channels_last(x): return super().forward(x)
-        return F.linear(x.permute(0,2,3,1), self.weight.flatten(1), self.bias).permute(0,3,1,2)
+        kernel = self.weight.permute(0,2,3,1).flatten(1) # so that its gradient has channels last, too
+        return F.linear(x.permute(0,2,3,1), kernel, self.bias).permute(0,3,1,2)
 
 # %% ../../nbs/21_models.attention.ipynb #d43db229
 class CoordinateAttention(nn.Module):
