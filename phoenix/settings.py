@@ -180,8 +180,8 @@ def _glibc():
 # %% ../nbs/00_settings.ipynb #4e0d7a15
 @contextlib.contextmanager
 def steady_heap()->Iterator[None]:
-    "Let freed memory stay with the process while one is open (glibc, and an environment without rules of its own)"
-    libc = None if any(k.startswith("MALLOC_") for k in os.environ) else _glibc()
+    "Let freed memory stay with the process while one is open (glibc only)"
+    libc = _glibc()
     if libc and not _held:
         if not libc.mallopt(_MMAP, 2**31 - 1): libc.mallopt(_MMAP, 2**25) # the most that older ones take
         libc.mallopt(_TRIM, -1)
