@@ -246,7 +246,7 @@ def _add_facts(app, service):
         return await service.thread(service.usage.rows, request.state.asked.who.tenant)
     @app.get("/v1/drift", summary="Whether requests still look like the reference, by version, with the last windows")
     async def drift(windows:Annotated[int, Query(ge=0, le=1000)]=50)->dict:
-        told = {s.name: service.drift[s.name] for s in service.served.values()} # what is judged from here on is in neither
+        told = {s.name: service.drift[s.name] for s in service.served.values()} # later windows are in neither
         monitors = {n: service.monitors.get(n) for n in told}
         seen = {n: await service.thread(m.windows, windows) if m else [] for n, m in monitors.items()}
         return {n: told[n] | {"judged": [w for w in seen[n] if w["number"] < told[n].get("windows", 0)]} for n in told}
