@@ -20,7 +20,7 @@ def data_root():
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    "Draws without a key are those of a fresh process in each test, whichever tests the process ran before"
+    "What torch draws without a key is the same in each test, whichever tests the process ran before"
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(67280421310721) # torch's own first seed
 
 

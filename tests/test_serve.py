@@ -8,16 +8,19 @@ import signal
 import subprocess
 import time
 import zipfile
+from types import SimpleNamespace
 
 import httpx
 import nibabel
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from phoenix.data.mimics import make_mimic
 from phoenix.data.pixels import read_pixels
 from phoenix.deploy.package import load_package
-from phoenix.deploy.serve import ACCESS
+from phoenix.deploy.serve import ACCESS, _add_facts
 from phoenix.deploy.store import open_store
 from serving import Server, add_reference, answered, heads, picture, png, post, raw, save_model, users
 
@@ -199,6 +202,19 @@ def test_drift_is_seen_by_the_server(server, tmp_path):
     assert told["watched"] and told["alerts"] >= 3 and "class mix" in told["kinds"]
     lines = [json.loads(x) for x in server.log.read_text().splitlines() if '"phoenix.drift"' in x]
     assert len(lines) == told["alerts"] and all(x["version"] == "model@1" and x["p"] <= .01/3 and x["level"] == "WARNING" for x in lines)
+
+
+def test_drift_is_told_as_of_one_moment():
+    "A window that is judged while the answer is made is in neither its count nor its list"
+    async def thread(f, *args):
+        service.drift = {"m@1": dict(windows=3)} # the monitor goes on meanwhile
+        return f(*args)
+    monitor = SimpleNamespace(windows=lambda last: [dict(number=k) for k in range(3)])
+    service = SimpleNamespace(served={"m": SimpleNamespace(name="m@1"), "n": SimpleNamespace(name="n@1")}, thread=thread,
+                              monitors={"m@1": monitor}, drift={"m@1": dict(windows=2), "n@1": dict(watched=False)})
+    _add_facts(app := FastAPI(), service)
+    told = TestClient(app).get("/v1/drift").json()
+    assert told == {"m@1": dict(windows=2, judged=[dict(number=0), dict(number=1)]), "n@1": dict(watched=False, judged=[])}
 
 
 def test_curl_examples(server, tmp_path):
